@@ -1,0 +1,425 @@
+"""`cm3jax <verb>`: argument types to calls, nothing else.
+
+Every verb is a dataclass of its arguments with a `__call__`. What a verb needs is imported when it is called, so that
+`--help` answers at once. The environment is read here and nowhere below: CM3JAX_TRACEBACK=1 shows where an error arose.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import sys
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from cm3jax import config as configs
+from cm3jax import flags
+from cm3jax.config import Recipe, Sampling
+from cm3jax.types import UserError
+
+MASK = "<mask>"  # sample.generate's, which would load jax
+TrainedStage = Literal["decoder", "image", "text"]
+StageName = Literal["", "prepare", "text", "image", "tokens", "decoder", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Decode and crop a data source into records of one size, in OUT/prepared/."""
+
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]]
+    """scenes:easy, scenes:full, tfds:NAME, a folder with metadata.jsonl/.csv, or WebDataset tars (braces allowed)."""
+    out: Positional[Annotated[str, arg(metavar="OUT")]]
+    """Run folder to write to."""
+    prepare: Annotated[configs.Prepare, flags.FLAT] = configs.Prepare()
+    redo: bool = False
+    """Make it again from nothing."""
+
+    def __call__(self):
+        from cm3jax import run
+
+        settings = dataclasses.replace(self.prepare, source=self.source)
+        recipe = Recipe(name=pathlib.Path(self.out).resolve().name, prepare=settings)
+        run.run(recipe, self.out, redo="prepare" if self.redo else "", only="prepare")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train one stage on the results of the earlier stages of a run.
+
+    Ctrl-C saves, and the same command continues.
+    """
+
+    config: Positional[Annotated[str, arg(metavar="CONFIG")]]
+    """Config file that holds the stage's settings; the flags below change single ones."""
+    inputs: str
+    """Run folder that holds the earlier stages (prepared/, and tokens/ for the decoder)."""
+    stage: TrainedStage = "decoder"
+    """What to train."""
+    out: str = ""
+    """Run folder to write to, which then links to the earlier stages; "": the folder of --inputs."""
+    redo: bool = False
+    """Train from the start again."""
+    recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+
+    def __call__(self):
+        from cm3jax import run
+
+        folder(self.inputs)
+        recipe, out = run.adopt(self.recipe, self.inputs, self.stage), self.out or self.inputs
+        if self.out:
+            run.link(self.stage, pathlib.Path(self.inputs), pathlib.Path(self.out))
+        run.run(recipe, out, redo=self.stage if self.redo else "", only=self.stage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Write the token shards of a run with its two trained tokenizers."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with prepared/, text/ and image/."""
+    redo: bool = False
+    """Make them again from nothing."""
+    recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+
+    def __call__(self):
+        from cm3jax import run
+
+        recipe = run.adopt(self.recipe, self.run, "tokens")
+        run.run(recipe, self.run, redo="tokens" if self.redo else "", only="tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Bring every stage of a recipe up to date: prepare, text, image, tokens, decoder, evaluate.
+
+    A finished stage is skipped, an interrupted one continues. If a setting has changed since a stage was made, the run
+    stops and names it.
+    """
+
+    config: Positional[Annotated[str, arg(metavar="RECIPE")]]
+    """Recipe file, such as configs/quickstart.py; the flags below change single settings."""
+    data: str = ""
+    """Data source to use in place of the recipe's; as --prepare.source."""
+    out: str = ""
+    """Run folder; "": runs/NAME, NAME being the recipe's."""
+    redo: StageName = ""
+    """Stage to make again from nothing, with all that depend on it."""
+    recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+
+    def __call__(self):
+        from cm3jax import run
+
+        recipe = self.recipe
+        if self.data:
+            recipe = dataclasses.replace(recipe, prepare=dataclasses.replace(recipe.prepare, source=self.data))
+        out = run.run(recipe, self.out or f"runs/{recipe.name}", redo=self.redo)
+        print(f"report: {out / 'report.html'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Draw pictures from captions.
+
+    The sampling flags start from the setting that the run's evaluation chose.
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with text/, image/ and decoder/."""
+    prompts: Positional[Annotated[tuple[str, ...], arg(metavar="PROMPT")]]
+    """Captions, such as "a red circle"."""
+    count: int = 1
+    """Pictures of each."""
+    seed: int = 0
+    out: str = ""
+    """Folder for the pictures; "": RUN/generated."""
+    batch: int = 16
+    """Pictures drawn at one time."""
+    sampling: Annotated[Sampling, flags.FLAT] = Sampling()
+
+    def __call__(self):
+        run = folder(self.run)
+        prompts = [prompt for prompt in self.prompts for _ in range(positive("count", self.count))]
+        if not prompts:
+            raise UserError('generate: needs a caption behind the run folder, such as "a red circle"')
+        from cm3jax import png
+        from cm3jax.sample import generate
+
+        generator = generate.load(run, positive("batch", self.batch))
+        pictures = generator.text_to_image(prompts, self.seed, self.sampling)
+        for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, self.sampling))
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """Write captions for pictures."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with text/, image/ and decoder/."""
+    pictures: Positional[Annotated[tuple[str, ...], arg(metavar="PICTURE")]]
+    """Picture files; their centre square is looked at."""
+    seed: int = 0
+    batch: int = 16
+    """Pictures looked at at one time."""
+    max_text: int = 96
+    """Longest caption, in tokens."""
+    sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
+
+    def __call__(self):
+        from cm3jax import png
+
+        run = folder(self.run)
+        if not self.pictures:
+            raise UserError("caption: needs a picture file behind the run folder")
+        pictures = [png.read(path) for path in self.pictures]
+        from cm3jax.sample import generate
+
+        generator = generate.load(run, positive("batch", self.batch))
+        texts = generator.image_to_text(pictures, self.seed, self.sampling, positive("max_text", self.max_text))
+        for path, text in zip(self.pictures, texts, strict=True):
+            print(f"{path}: {text}" if len(texts) > 1 else text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Infill:
+    """Fill a region of a picture (--box), or the <mask> in a caption.
+
+    cm3jax infill RUN PICTURE "a red circle" --box 0 0 0.5 0.5
+    cm3jax infill RUN PICTURE "a <mask> circle"
+
+    Words are the likeliest ones unless a sampling flag or --count says otherwise.
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with text/, image/ and decoder/."""
+    picture: Positional[Annotated[str, arg(metavar="PICTURE")]]
+    """Picture file; its centre square is used."""
+    text: Positional[Annotated[str, arg(metavar="TEXT")]]
+    """Caption of the whole picture; with <mask> in it, the words that are missing are written."""
+    box: tuple[float, ...] = ()
+    """Region to draw anew: X0 Y0 X1 Y1 in fractions of the square, upper left and lower right."""
+    count: int = 1
+    """Answers."""
+    seed: int = 0
+    out: str = ""
+    """Folder for the pictures; "": RUN/infilled."""
+    max_text: int = 96
+    """Longest answer for <mask>, in tokens."""
+    sampling: Annotated[Sampling, flags.FLAT] = Sampling()
+
+    def __call__(self):
+        from cm3jax import png
+
+        run = folder(self.run)
+        if bool(self.box) == (MASK in self.text):
+            raise UserError(f"infill: needs either --box X0 Y0 X1 Y1, or {MASK} in the text")
+        if self.box and len(self.box) != 4:
+            raise UserError(f"--box: {len(self.box)} numbers; needs four, X0 Y0 X1 Y1")
+        rows = positive("count", self.count)
+        pictures, texts = [png.read(self.picture)] * rows, [self.text] * rows
+        from cm3jax.sample import generate
+
+        generator = generate.load(run)
+        if not self.box:
+            unset = self.sampling == chosen(run, "infill") and rows == 1
+            sampling = generate.GREEDY if unset else self.sampling
+            max_text = positive("max_text", self.max_text)
+            print(*generator.infill_text(pictures, texts, self.seed, sampling, max_text), sep="\n")
+            return
+        drawn = generator.infill_image(pictures, texts, [self.box] * rows, self.seed, self.sampling)
+        for i, picture in enumerate(drawn):
+            print(png.write(self.out or run / "infilled", picture, self.text, self.seed, i, self))
+
+
+def positive(name: str, value: int) -> int:
+    if value < 1:
+        raise UserError(f"--{name} = {value}: must be at least 1")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Score a run; writes report.json, report.html and samples.png."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Finished run folder."""
+    recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+
+    def __call__(self):
+        from cm3jax import run
+
+        recipe = run.adopt(self.recipe, self.run, "evaluate")
+        out = run.run(recipe, self.run, redo="evaluate", only="evaluate")
+        print(f"report: {out / 'report.html'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure training, decoding, making batches and preparing pictures on this machine."""
+
+    what: Positional[Annotated[Literal["all", "train", "decode", "data", "prepare"], arg(metavar="WHAT")]] = "all"
+    """all, train, decode, data or prepare."""
+    config: str = "configs/cm3leon/tiny.py"
+    """Recipe whose decoder is measured."""
+    rounds: int = 5
+    """Rounds of each contestant; the figure is their median."""
+    compiled: bool = False
+    """Compare with torch.compile too."""
+    out: str = ""
+    """JSON file to write too."""
+
+    def __call__(self):
+        from cm3jax import bench
+
+        bench.main(self.what, self.config, self.rounds, self.compiled, self.out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Show versions, devices, memory and disk, what is missing and how to get it."""
+
+    def __call__(self):
+        from cm3jax import doctor
+
+        return doctor.main()
+
+
+VERBS = {
+    "prepare": Prepare,
+    "train": Train,
+    "encode": Encode,
+    "run": Run,
+    "generate": Generate,
+    "caption": Caption,
+    "infill": Infill,
+    "evaluate": Evaluate,
+    "bench": Bench,
+    "doctor": Doctor,
+}
+RECIPES = {"run": "RECIPE", "train": "CONFIG", "encode": "RUN", "evaluate": "RUN"}
+SAMPLED = {"generate": "text_to_image", "caption": "image_to_text", "infill": "infill"}
+FIRST = RECIPES | dict.fromkeys(SAMPLED, "RUN")
+"""Verbs whose first argument names where the defaults of their flags come from: a recipe, a run, a run's scores."""
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv=None) -> int:
+    """Run one command; return its exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    settle_platform()
+    traceback = "--traceback" in argv or os.environ.get("CM3JAX_TRACEBACK", "0") not in ("", "0")
+    try:
+        return command([a for a in argv if a != "--traceback"]) or 0
+    except UserError as e:
+        if traceback:
+            raise
+        print(f"cm3jax: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        if traceback:
+            raise
+        print(f"\ncm3jax: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` closed our output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def settle_platform() -> None:
+    """Tell jax to use the CPU where there is nothing else.
+
+    libtpu, which the tests install to compile for TPUs, complains at length on a machine without one.
+    """
+    chips = [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia*") for path in pathlib.Path("/dev").glob(pattern)]
+    if not chips and sys.platform == "linux":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def command(argv: list[str]) -> int | None:
+    """Run the verb that `argv` begins with."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help())
+        return 0
+    if argv[0] == "--version":
+        import importlib.metadata
+
+        print(f"cm3jax {importlib.metadata.version('cm3jax')}")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"
+        raise UserError(f"{verb!r}: no such verb; {hint}")
+    return flags.parse(VERBS[verb], rest, f"cm3jax {verb}", defaults(verb, rest))()
+
+
+def help() -> str:
+    """Return what `cm3jax` prints when it is not told what to do."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {(cls.__doc__ or '').splitlines()[0]}" for name, cls in VERBS.items())
+    return (
+        "usage: cm3jax VERB ... [--traceback]\n\nCM3Leon in JAX: train it from nothing, draw, caption, infill.\n\n"
+        f"{verbs}\n\n`cm3jax VERB --help` lists a verb's arguments; the first steps: bash launch/quickstart.sh"
+    )
+
+
+def defaults(verb: str, argv: list[str]):
+    """Return the verb's arguments with the settings of the recipe that its first argument names.
+
+    Raises:
+      UserError: if that argument is missing or names no recipe.
+    """
+    cls = VERBS[verb]
+    unnamed = not argv or argv[0].startswith("-")
+    if verb not in FIRST or (unnamed and set(argv) & {"-h", "--help"}):
+        return flags.blank(cls)
+    if unnamed:
+        raise UserError(f"{verb}: needs {FIRST[verb]} as its first argument; see cm3jax {verb} --help")
+    if verb in SAMPLED:
+        return flags.blank(cls, sampling=chosen(folder(argv[0]), verb))
+    return flags.blank(cls, recipe=run_recipe(argv[0]) if RECIPES[verb] == "RUN" else configs.load(argv[0]))
+
+
+def chosen(run: pathlib.Path, verb: str) -> Sampling:
+    """Return the setting that the run's evaluation chose for what a verb does; the plain one before an evaluation."""
+    path = run / "report.json"
+    plain = Sampling(temperature=0.0) if verb == "caption" else Sampling()
+    try:
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        return configs.from_json(Sampling, report.get(SAMPLED[verb], {}).get("sampling", configs.to_json(plain)))
+    except (ValueError, AttributeError, UserError) as e:
+        raise UserError(f"{path}: not readable ({e}); make it again with: cm3jax evaluate {run}") from None
+
+
+def run_recipe(run: str) -> Recipe:
+    """Return the recipe that a run folder was made with.
+
+    Raises:
+      UserError: if it is no run folder.
+    """
+    path = folder(run) / "recipe.json"
+    if not path.is_file():
+        raise UserError(f"run folder {run!r}: has no recipe.json; make a run with: cm3jax run RECIPE --out {run}")
+    return configs.load(path)
+
+
+def folder(run: str) -> pathlib.Path:
+    """Return an existing run folder.
+
+    Raises:
+      UserError: if there is none.
+    """
+    path = pathlib.Path(run)
+    if not path.is_dir():
+        known = sorted(str(p.parent) for p in pathlib.Path("runs").glob("*/recipe.json"))
+        near = difflib.get_close_matches(run, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "make one with: cm3jax run configs/quickstart.py"
+        raise UserError(f"run folder {run!r}: no such folder; {hint}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

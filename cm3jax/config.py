@@ -1,0 +1,474 @@
+"""Every setting as frozen dataclasses; JSON in and out.
+
+A config file (`configs/*.py`) is plain Python that binds `config` to a `Recipe`; it holds only the differences
+from the defaults here, which are the paper's (arXiv 2309.02591) where the paper states them. Settings marked
+"ours" are stated nowhere.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import runpy
+import types as pytypes
+import typing
+from typing import Any, Literal
+
+from cm3jax.types import UserError
+from cm3jax.vocab import Vocab
+
+# --------------------------------------------------------------------------------------------- shared by every training
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Shape of the device mesh; -1 means "all devices that are left". Sizes that need fewer take the first devices."""
+
+    replica: int = 1
+    """Data parallel: parameters are copied along this axis."""
+    fsdp: int = -1
+    """Data parallel with parameters and optimizer state sharded."""
+    tensor: int = 1
+    """Tensor parallel: heads, feed-forward and vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW as in arXiv 2309.02591 table 3 and OPT, or Muon for the matrices with Adam for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    peak_lr: float = 3e-4
+    """Peak learning rate of Adam(W)."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the matrices under Muon."""
+    warmup: int = 1500
+    """Steps of linear warm-up."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_fraction: float = 0.1
+    """Learning rate at the last step as a fraction of the peak (ours: OPT's)."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Clip the global gradient norm to this; 0 for never."""
+
+    def __post_init__(self):
+        for name in ("peak_lr", "muon_lr", "warmup", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must not be negative")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"optimizer.final_fraction = {self.final_fraction}: must be from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the one training loop needs to know, whatever it trains."""
+
+    steps: int = 1000
+    batch: int = 32
+    """Rows per step, over all hosts and accumulation steps."""
+    accumulate: int = 1
+    """Compute the batch in this many parts, one after another, to save memory; the loss is the same."""
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights; 0 for none."""
+    log_every: int = 20
+    evaluate_every: int = 0
+    """Steps between evaluations on the validation split; 0: only at the end."""
+    evaluate_batches: int = 8
+    sample_every: int = 0
+    """Steps between sample pictures; 0: never."""
+    save_every: int = 1000
+    keep: int = 2
+    """Checkpoints kept, the latest ones; 0: all."""
+    workers: int = 0
+    """Processes that read and prepare batches; 0: threads of this process."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} = {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"training.ema = {self.ema}: must be at least 0 (none) and below 1")
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Decode and crop a source into records of one size."""
+
+    source: str = ""
+    """scenes:easy, scenes:full, tfds:NAME, a folder with metadata.jsonl/.csv, or WebDataset tars (braces allowed)."""
+    resolution: int = 256
+    """Side of the square picture: shorter side to this (Lanczos), then a centre crop."""
+    count: int = 0
+    """Records to generate (scenes) or to take at most (elsewhere); 0: the source's own count."""
+    validation: float = 0.01
+    """Share of the records whose split is not given that goes to validation, by hash of the pixels."""
+    test: float = 0.01
+    shards: int = 0
+    """Output shards of the training split; 0: by size."""
+    image_feature: str = "image"
+    """tfds only: name of the picture feature."""
+    text_feature: str = ""
+    """Name of the caption: a tfds feature such as captions/text, a metadata column, a .json entry; "" looks for one."""
+    tfds_dir: str = ""
+    """tfds only: folder of the prepared sets; "": where tfds keeps them."""
+    workers: int = 0
+    """Processes; 0: one per core."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Train a sentencepiece BPE on the captions of the training split."""
+
+    sample: int = 1_000_000
+    """Captions to train on, at most."""
+    character_coverage: float = 0.9995
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGAN:
+    """Network of the image tokenizer (Make-A-Scene's VQGAN, arXiv 2203.13131; VQGAN, arXiv 2012.09841)."""
+
+    patch: int = 1
+    """Fold patch x patch pixels into channels before the first layer (early patching; ours, for small machines)."""
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 4)
+    """Channels of each resolution over `width`; a halving between two neighbours."""
+    encoder_blocks: int = 2
+    """Residual blocks per resolution."""
+    decoder_blocks: int = 3
+    encoder_kernel: int = 3
+    """1 lets a code see its own patch only."""
+    attention: tuple[int, ...] = (3,)
+    """Indices into `multipliers` of the resolutions with self-attention; the encoder has none if encoder_kernel = 1."""
+    middle: bool = True
+    """Two more residual blocks at the lowest resolution, on both sides."""
+    middle_attention: bool = True
+    """Self-attention between those two blocks."""
+    groups: int = 32
+    """Groups of GroupNorm; lowered to a divisor of the channels where needed. 0: no norms, which a shallow network on
+    plain pictures learns faster without (ours)."""
+    z: int = 256
+    """Dimension of a code vector."""
+    l2_normalise: bool = False
+    """Compare codes on the unit sphere (arXiv 2110.04627)."""
+    codebook_ema: float = 0.0
+    """Decay of codebook updates by moving averages; 0: by gradient."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name in ("patch", "width", "z"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"image.model.{name} = {getattr(self, name)}: must be at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"image.model.multipliers = {self.multipliers}: must be one or more numbers from 1 on")
+        if self.encoder_kernel not in (1, 3):
+            raise ValueError(f"image.model.encoder_kernel = {self.encoder_kernel}: must be 1 or 3")
+        if any(not 0 <= i < len(self.multipliers) for i in self.attention):
+            last = len(self.multipliers) - 1
+            raise ValueError(f"image.model.attention = {self.attention}: must be indices of multipliers, 0 to {last}")
+        if not 0 <= self.codebook_ema < 1:
+            raise ValueError(f"image.model.codebook_ema = {self.codebook_ema}: must be at least 0 (none) and below 1")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side per code."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGANLoss:
+    """Weights of the tokenizer's losses (arXiv 2012.09841 §3, arXiv 2203.13131 §3)."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    commitment: float = 0.25
+    perceptual: float = 1.0
+    perceptual_weights: str = ""
+    """File of LPIPS's VGG16 weights (safetensors); "": a stated substitute on multi-scale gradients."""
+    adversarial: float = 0.75
+    """Weight of the patch discriminator before the adaptive factor; 0: no discriminator."""
+    adversarial_start: int = 30_000
+    """First step of the discriminator."""
+    discriminator_width: int = 64
+    """Channels of the discriminator's first layer."""
+    face: float = 0.0
+    """Weight of feature matching on the boxes of regions of kind "face"."""
+    face_weights: str = ""
+    """File of a face network's weights (VGG16's layers, safetensors)."""
+    object: float = 0.0
+    """Weight of feature matching on the boxes of regions of kind "object", in the features of perceptual_weights."""
+    boxes: int = 4
+    """Boxes of a picture that these two look at, the largest first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """Train the image tokenizer."""
+
+    model: VQGAN = VQGAN()
+    loss: VQGANLoss = VQGANLoss()
+    training: Training = Training(steps=800_000, batch=192, ema=0.999)
+    seed_after: int = 0
+    """Train this many steps without quantization, then seed the codebook with k-means; 0: seed from the first batch."""
+    reset_dead_after: int = 500
+    """Re-seed codes unused for this many steps from the data; 0: never."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Turn records into token shards with the two tokenizers."""
+
+    batch: int = 64
+    """Pictures per step of the image tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Network of the language model. Defaults: CM3Leon (arXiv 2309.02591 §2.3); switches: Chameleon (2405.09818)."""
+
+    layers: int = 24
+    width: int = 1024
+    heads: int = 16
+    kv_heads: int = 0
+    """Heads of keys and values (grouped-query attention); 0: as many as `heads`."""
+    mlp_width: int = 0
+    """Width of the feed-forward layer; 0: 4 x width."""
+    activation: Literal["relu", "swiglu"] = "relu"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """CM3Leon's layernorm has no learned parameters; rmsnorm has a learned scale, as in Chameleon."""
+    norm_order: Literal["pre", "post"] = "pre"
+    """post: Chameleon 34B's, the norm after attention and feed-forward, inside the residual branch."""
+    norm_eps: float = 1e-5
+    position: Literal["learned", "rope", "both"] = "learned"
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    """LayerNorm per head on queries and keys, as in Chameleon."""
+    tied: bool = True
+    """Use the embedding table as the output layer."""
+    init_std: float = 0.006
+    """Truncated normal, cut at 3 standard deviations; output projections start at 0."""
+    position_std: float = 0.0002
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype; parameters, norms, softmax and loss are float32."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass recomputes: nothing, all but matrix products, everything."""
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"decoder.model.width = {self.width} is not a multiple of heads = {self.heads}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"decoder.model.heads = {self.heads} is not a multiple of kv_heads = {self.kv_heads}")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How documents fill the rows that the decoder trains on."""
+
+    kind: Literal["whole", "chop"] = "chop"
+    """chop: concatenate and cut anywhere, the paper's. whole: never cut a document, pad the rest (ours)."""
+    length: int = 4096
+    """Tokens of a row."""
+    isolate: bool = False
+    """Hide documents in one row from each other by segment ids; positions then count from each document's start."""
+    documents: int = 0
+    """whole only: documents per row at most; 0: as many as fit."""
+    most_spans: int = 8
+    """whole only: spans of a row at most, for whose markers room is kept. Poisson(1) exceeds 8 about once in a million
+    rows, 4 in 0.4 % of them."""
+    positions: Literal["row", "place"] = "row"
+    """Positions of a moved span: row counts on through the row, the paper's; place counts on from where the span was
+    (ours), so that filling in is drawing or writing at the same positions as ever, and small models learn it soon."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The CM3 objective's span law (arXiv 2309.02591 §2.2, arXiv 2201.07520)."""
+
+    spans: float = 1.0
+    """Mean of the Poisson law of the number of spans in a block."""
+    rotate: float = 0.5
+    """Of the blocks with spans, the share that masks whole stretches between breaks (ours: the paper's is unknown, and
+    without any, whole captions are hardly ever masked, which captioning and guidance need)."""
+    captions: float = 0.0
+    """Of those, the share that masks exactly one whole text (ours): short trainings learn to caption sooner."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderStage:
+    """Train the decoder."""
+
+    model: Decoder = Decoder()
+    packing: Packing = Packing()
+    mask: Mask = Mask()
+    training: Training = Training(steps=167_000, batch=2048, optimizer=Optimizer(peak_lr=6e-4))
+    z_loss: float = 0.0
+    """Weight of the squared log-partition (Chameleon: 1e-5)."""
+    loss_chunk: int = 512
+    """Positions of a row whose logits exist at one time."""
+    eval_mask_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn (arXiv 2309.02591 §3.1)."""
+
+    method: Literal["top_p", "cd_k", "mixture"] = "top_p"
+    """top_p: temperature, top-k, top-p with guidance; cd_k: contrastive decoding; mixture: every other row by each."""
+    temperature: float = 1.0
+    """0 is greedy. Under cd_k: of the conditional stream."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Of these, keep the fewest that hold this probability; 1: all."""
+    guidance: float = 1.0
+    """Classifier-free guidance: logits = uncond + guidance * (cond - uncond); 1 is off."""
+    cd_alpha: float = 0.5
+    """CD-K keeps tokens with p >= cd_alpha * (cd_k-th largest p). The paper states no value; 0.5 is public code's."""
+    cd_k: int = 4
+    """1 is plain contrastive decoding. The paper states no value."""
+    uncond_temperature: float = 1.0
+    """CD-K: temperature of the unconditional stream (public code: 0.5, beside a temperature of 0.8)."""
+
+    def __post_init__(self):
+        for name, good, limit in (
+            ("temperature", self.temperature >= 0, "must be 0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "must be 0 (all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1 (all)"),
+            ("guidance", self.guidance >= 0, "must be 0 or more (1 is off)"),
+            ("cd_alpha", 0 < self.cd_alpha <= 1, "must be above 0 and at most 1"),
+            ("cd_k", self.cd_k >= 1, "must be 1 or more"),
+            ("uncond_temperature", self.uncond_temperature > 0, "must be above 0"),
+        ):
+            if not good:
+                raise ValueError(f"sampling.{name} = {getattr(self, name)}: {limit}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Score a run; settings are chosen on the validation split, test and composition are run once."""
+
+    samples: int = 512
+    """Held-out examples behind every figure."""
+    batch: int = 128
+    draw: tuple[Sampling, ...] = (
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.5),
+        Sampling(temperature=0.5, guidance=1.5),
+    )
+    """Candidate settings for pictures."""
+    write: Sampling = Sampling(temperature=0.0)
+    """Setting for captions."""
+    validation_samples: int = 128
+    """Validation examples per candidate setting."""
+    max_text: int = 96
+    """Longest caption, in tokens."""
+    sheet: int = 16
+    """Examples shown in the report."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One experiment: its stages in order."""
+
+    name: str = "unnamed"
+    vocab: Vocab = Vocab()
+    prepare: Prepare = Prepare()
+    text: Text = Text()
+    image: Image = Image()
+    tokens: Tokens = Tokens()
+    decoder: DecoderStage = DecoderStage()
+    evaluate: Evaluate = Evaluate()
+
+
+# -------------------------------------------------------------------------------------------------------- JSON, hashes
+
+
+def to_json(config) -> Any:
+    """Return a dataclass as plain JSON types."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, (tuple, list)):
+        return [to_json(x) for x in config]
+    return config
+
+
+def from_json(cls, data, where: str = ""):
+    """Build dataclass `cls` from JSON types; missing fields take their defaults.
+
+    Raises:
+      UserError: naming the unknown field, or the value whose type is wrong.
+    """
+    if dataclasses.is_dataclass(cls):
+        if not isinstance(data, dict):
+            raise UserError(f"{where or cls.__name__}: expected an object, found {json.dumps(data)}")
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(set(data) - set(hints))
+        if unknown:
+            raise UserError(f"{where or cls.__name__}: unknown field {unknown[0]!r}; known: {', '.join(hints)}")
+        try:
+            return cls(**{k: from_json(hints[k], v, f"{where}.{k}" if where else k) for k, v in data.items()})
+        except (TypeError, ValueError) as e:
+            raise UserError(str(e)) from None
+    if typing.get_origin(cls) is tuple:
+        item = typing.get_args(cls)[0]
+        if not isinstance(data, (list, tuple)):
+            raise UserError(f"{where}: expected a list, found {json.dumps(data)}")
+        return tuple(from_json(item, x, f"{where}[{i}]") for i, x in enumerate(data))
+    if typing.get_origin(cls) is Literal:
+        if data not in typing.get_args(cls):
+            raise UserError(f"{where} = {data!r}: must be one of {', '.join(map(repr, typing.get_args(cls)))}")
+        return data
+    if cls is Any or isinstance(cls, pytypes.UnionType):
+        return data
+    if cls is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, cls) or (cls is not bool and isinstance(data, bool)):
+        raise UserError(f"{where} = {json.dumps(data)}: expected {cls.__name__}")
+    return data
+
+
+def digest(*things) -> str:
+    """Return 16 hex digits that identify dataclasses or JSON values."""
+    text = json.dumps([to_json(t) for t in things], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load(path) -> Recipe:
+    """Return the `Recipe` that a config file (.py binding `config`, or .json) holds.
+
+    Raises:
+      UserError: if there is no such file, or it holds no `Recipe`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"config {str(path)!r}: no such file; see the folder configs/ of the repository")
+    if path.suffix == ".json":
+        try:
+            return from_json(Recipe, json.loads(path.read_text()))
+        except ValueError as e:
+            raise UserError(f"config {str(path)!r}: not JSON: {e}") from None
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"config {str(path)!r}: {type(e).__name__}: {e}") from None
+    if not isinstance(config, Recipe):
+        found = type(config).__name__
+        raise UserError(f"config {str(path)!r}: must bind `config` to a cm3jax.config.Recipe, found {found}")
+    return config

@@ -1,0 +1,274 @@
+"""The embedded world: what a scene is, its two fixed levels, and how one is drawn from a seed.
+
+Lengths are fractions of the picture's side; both levels lie on a lattice of 1/64 (`LATTICE`), so that at 64 pixels
+objects sit on whole pixels. Neither level is ever changed to reach a score.
+
+`easy`: 1-4 objects on a 2x2 grid, each moved by -1, 0 or 1 lattice steps per axis from the centre of its quarter; 6
+shapes, 8 colours, 2 sizes (14/64 and 24/64), 3 backgrounds. The caption states everything but that jitter.
+
+`full`: 1-4 objects at free positions at least 4/64 apart (sizes 12/64 and 20/64), solid or striped, 6 backgrounds, and
+in a third of the scenes a word of capitals in a strip at the top or bottom. The caption states every object's size,
+colour, stripes and shape, and its place: either coarsely ("at the bottom left": thirds of the picture) or by relation
+to an object named before it ("above the small blue ring"); then the background and the word.
+
+Splits. Every scene of the `composition` split has at least one of six (shape, colour) pairs, `HELD_OUT`, and no other
+scene has any. A scene's content (easy: all but the jitter; full: all but positions and places) is hashed: one eighth of
+all contents can only be in `validation`, another eighth only in `test`, the rest only in `train`. So a test scene is
+never a training scene seen again.
+"""
+
+import dataclasses
+import json
+import zlib
+
+import numpy as np
+
+from cm3jax.types import UserError
+
+LEVELS = ("easy", "full")
+SPLITS = ("train", "validation", "test", "composition")
+LATTICE = 64
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+COLOURS = {
+    "red": (215, 25, 35),
+    "orange": (250, 140, 10),
+    "yellow": (245, 230, 40),
+    "green": (25, 160, 45),
+    "cyan": (20, 205, 225),
+    "blue": (30, 60, 225),
+    "purple": (135, 30, 165),
+    "pink": (255, 120, 200),
+}
+BACKGROUNDS = {
+    "easy": {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (12, 12, 12)},
+    "full": {
+        "white": (245, 245, 245),
+        "grey": (128, 128, 128),
+        "black": (12, 12, 12),
+        "beige": (238, 212, 170),
+        "navy": (18, 28, 82),
+        "mint": (178, 232, 205),
+    },
+}
+SIZES = {"easy": {"small": 14, "large": 24}, "full": {"small": 12, "large": 20}}
+"""Sides of the objects' bounding boxes, in lattice steps."""
+TEXTURES = {"easy": ("solid",), "full": ("solid", "striped")}
+HELD_OUT = {"circle": "purple", "square": "yellow", "triangle": "cyan", "cross": "pink", "ring": "red", "star": "blue"}
+"""The (shape, colour) pairs of the composition split."""
+QUARTERS = {"top left": (16, 16), "top right": (48, 16), "bottom left": (16, 48), "bottom right": (48, 48)}
+"""easy: centre of each place, in lattice steps."""
+
+GAP = 4
+"""full: least distance of two bounding boxes, in lattice steps."""
+WORDS = ("CAT", "DOG", "SUN", "SEA", "BUS", "HAT", "KEY", "MAP", "OWL", "FOX", "JAM", "ZOO")
+WORDS += ("TREE", "BIRD", "FISH", "MOON", "LAMP", "WAVE", "VINE", "QUIZ", "ROCK", "GOLD", "YARN", "PEAR")
+STRIP = 18
+"""full: rows at the top or bottom that a word keeps free of objects, in lattice steps."""
+LETTER_WIDTH, LETTER_HEIGHT, LETTER_STEP, LETTER_MARGIN = 10, 14, 12, 2
+"""full: a letter's box, the distance of two letters, and the word's distance from the edge, in lattice steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """One object. `place`, `x`, `y` and `relation` are unset where a caption does not state them.
+
+    Attributes:
+      place: easy: a key of `QUARTERS`; full: which third of the picture ("top left", "centre", "right", ...), or "".
+      x, y: Centre as fractions of the side; NaN if unknown (a scene that was read from a caption).
+      relation: Only in scenes read from captions: (relation, shape, colour, size, texture) of the other object.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    place: str = ""
+    texture: str = "solid"
+    x: float = float("nan")
+    y: float = float("nan")
+    relation: tuple[str, ...] = ()
+
+    @property
+    def looks(self) -> tuple[str, str, str, str]:
+        """All but where it is."""
+        return self.shape, self.colour, self.size, self.texture
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A picture's contents. An empty `background` means unknown.
+
+    Attributes:
+      word: Capitals drawn in the strip `word_place` ("top" or "bottom") from `word_x` on; "" for none.
+      unread: Things that a recogniser or parser noticed and could not read; they count as extra objects.
+    """
+
+    level: str
+    background: str = ""
+    objects: tuple[Object, ...] = ()
+    word: str = ""
+    word_place: str = ""
+    word_x: float = 0.0
+    unread: int = 0
+
+
+def to_json(scene: Scene) -> str:
+    """Return the scene as one line of JSON; unknown positions become null."""
+    data = dataclasses.asdict(scene)
+    for thing in data["objects"]:
+        for axis in ("x", "y"):
+            thing[axis] = None if thing[axis] != thing[axis] else thing[axis]
+    return json.dumps(data)
+
+
+def from_json(text: str) -> Scene:
+    """Return the scene that `to_json` wrote."""
+    data = json.loads(text)
+    for thing in data["objects"]:
+        thing["relation"] = tuple(thing["relation"])
+        for axis in ("x", "y"):
+            thing[axis] = float("nan") if thing[axis] is None else thing[axis]
+    return Scene(**(data | {"objects": tuple(Object(**thing) for thing in data["objects"])}))
+
+
+def box(level: str, thing: Object) -> tuple[float, float, float, float]:
+    """Return the bounding box (x0, y0, x1, y1) of an object whose position is known, as fractions of the side."""
+    half = SIZES[level][thing.size] / LATTICE / 2
+    return thing.x - half, thing.y - half, thing.x + half, thing.y + half
+
+
+def check(level: str, split: str = "train") -> None:
+    """Raise UserError unless `level` and `split` exist."""
+    if level not in LEVELS:
+        raise UserError(f"scenes:{level}: no such level; choose one of {', '.join('scenes:' + k for k in LEVELS)}")
+    if split not in SPLITS:
+        raise UserError(f"split {split!r}: scenes have the splits {', '.join(SPLITS)}")
+
+
+def stream(level: str, seed: int, index: int, split: str, name: str) -> np.random.Generator:
+    """Return the random stream `name` of one scene."""
+    return np.random.default_rng((seed, zlib.crc32(f"{level}/{split}/{name}".encode()), index))
+
+
+def sample(level: str, seed: int, index: int, split: str) -> Scene:
+    """Draw scene `index` of a split; the same arguments always give the same scene."""
+    check(level, split)
+    rng = stream(level, seed, index, split, "scene")
+    draw = _draw_easy if level == "easy" else _draw_full
+    while True:
+        scene = draw(rng, split == "composition")
+        if split not in ("composition", home(scene)):
+            continue
+        if level == "easy" or (scene := _lay_out(rng, scene)):
+            return scene
+
+
+def home(scene: Scene) -> str:
+    """Return the one split that may hold this scene; positions do not matter, nor do the full level's places."""
+    if any(HELD_OUT[thing.shape] == thing.colour for thing in scene.objects):
+        return "composition"
+    things = sorted((thing.place if scene.level == "easy" else "", *thing.looks) for thing in scene.objects)
+    bucket = zlib.crc32(repr((scene.background, scene.word, scene.word_place, things)).encode()) % 8
+    return {0: "validation", 1: "test"}.get(bucket, "train")
+
+
+_SHOWN = [(shape, colour) for shape in SHAPES for colour in COLOURS if HELD_OUT[shape] != colour]
+
+
+def _looks(rng: np.random.Generator, level: str, count: int, composition: bool) -> list[tuple[str, str, str, str]]:
+    """Draw (shape, colour, size, texture) per object; at least one held-out pair if `composition`, else none."""
+    pairs = [_SHOWN[i] for i in rng.integers(len(_SHOWN), size=count)]
+    if composition:
+        pairs[rng.integers(count)] = tuple(HELD_OUT.items())[rng.integers(len(HELD_OUT))]
+    sizes, textures = tuple(SIZES[level]), TEXTURES[level]
+    bits = rng.integers(2, size=(count, 2)).tolist()
+    return [(*pair, sizes[a], textures[b % len(textures)]) for pair, (a, b) in zip(pairs, bits, strict=True)]
+
+
+def _draw_easy(rng: np.random.Generator, composition: bool) -> Scene:
+    count = int(rng.integers(1, 5))
+    places = [tuple(QUARTERS)[i] for i in sorted(rng.permutation(4)[:count])]
+    jitter = rng.integers(-1, 2, size=(count, 2)).tolist()
+    objects = []
+    for look, place, (dx, dy) in zip(_looks(rng, "easy", count, composition), places, jitter, strict=True):
+        x, y = QUARTERS[place]
+        objects.append(_object(look, place, (x + dx) / LATTICE, (y + dy) / LATTICE))
+    return Scene("easy", tuple(BACKGROUNDS["easy"])[rng.integers(3)], tuple(objects))
+
+
+def _object(look: tuple[str, str, str, str], place: str, x: float, y: float) -> Object:
+    shape, colour, size, texture = look
+    return Object(shape, colour, size, place, texture, x, y)
+
+
+def third(x: float, y: float) -> str:
+    """Return the full level's place of a centre: "top left", "top", ..., "centre", ..., "bottom right"."""
+    row = ("top", "", "bottom")[min(int(y * 3), 2)]
+    column = ("left", "", "right")[min(int(x * 3), 2)]
+    return f"{row} {column}".strip() or "centre"
+
+
+def relation(a: Object, b: Object, margin: float = 0.0) -> str:
+    """Return where `a` is seen from `b`: "left", "right", "above" or "below"; "" if within `margin` of a diagonal."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(abs(dx) - abs(dy)) < margin:
+        return ""
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
+
+
+def _draw_full(rng: np.random.Generator, composition: bool) -> Scene:
+    """Draw all but the positions: `_lay_out` adds them once the content suits the split."""
+    word, word_place, word_x = "", "", 0.0
+    if rng.random() < 1 / 3:
+        word, word_place = WORDS[rng.integers(len(WORDS))], ("top", "bottom")[rng.integers(2)]
+        word_x = int(rng.integers(2, LATTICE - 1 - word_width(word))) / LATTICE
+    background = tuple(BACKGROUNDS["full"])[rng.integers(len(BACKGROUNDS["full"]))]
+    looks = _looks(rng, "full", int(rng.integers(1, 5)), composition)
+    return Scene("full", background, tuple(_object(look, "", 0.0, 0.0) for look in looks), word, word_place, word_x)
+
+
+def _lay_out(rng: np.random.Generator, scene: Scene) -> Scene | None:
+    """Give the objects of a full scene free positions, the large ones first; None if ten trials found no room."""
+    looks = sorted((thing.looks for thing in scene.objects), key=lambda look: look[2] == "small")
+    for _ in range(10):
+        if objects := _arrange(rng, looks, scene.word_place):
+            return dataclasses.replace(scene, objects=objects)
+    return None
+
+
+def _arrange(rng: np.random.Generator, looks, word_place: str) -> tuple[Object, ...] | None:
+    """Give each object a free position outside of the word's strip, or return None if one finds no room."""
+    top, bottom = STRIP * (word_place == "top"), LATTICE - STRIP * (word_place == "bottom")
+    objects: list[Object] = []
+    for look in looks:
+        thing = _settle(rng, look, objects, top, bottom)
+        if thing is None:
+            return None
+        objects.append(thing)
+    return tuple(objects)
+
+
+def _settle(rng: np.random.Generator, look, others: list[Object], top: int, bottom: int) -> Object | None:
+    """Find a free position between rows `top` and `bottom`, clear of the thirds' borders; None after 20 tries."""
+    side = SIZES["full"][look[2]]
+    low, high = side // 2 + 1, side // 2
+    for _ in range(20):
+        x = int(rng.integers(low, LATTICE - high))
+        y = int(rng.integers(top + low, bottom - high))
+        clear = all(abs(c - border * LATTICE / 3) >= 1.5 for c in (x, y) for border in (1, 2))
+        if clear and all(_gap(x, y, side, other) >= GAP for other in others):
+            return _object(look, third(x / LATTICE, y / LATTICE), x / LATTICE, y / LATTICE)
+    return None
+
+
+def _gap(x: int, y: int, side: int, other: Object) -> float:
+    """Return the lattice steps between two bounding boxes (the larger of the gaps along x and y)."""
+    reach = (side + SIZES["full"][other.size]) / 2
+    return max(abs(x - other.x * LATTICE), abs(y - other.y * LATTICE)) - reach
+
+
+def word_width(word: str) -> int:
+    """Return the width of a drawn word in lattice steps."""
+    return len(word) * LETTER_STEP - (LETTER_STEP - LETTER_WIDTH)

@@ -1,0 +1,58 @@
+"""The embedded world as a source: every index of a split is one scene, drawn from the seed."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from cm3jax import config
+from cm3jax.data import example, scenes
+from cm3jax.data.example import Example
+from cm3jax.types import UserError
+
+COUNT = 20_000  # training scenes where the config names no count
+HELD_OUT = 1024  # scenes of each other split: issue figures want at least 512
+SPLITS = ("train", "validation", "test", "composition")
+LEVELS = ("easy", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """`count` training scenes and `HELD_OUT` of each other split."""
+
+    level: str
+    seed: int
+    resolution: int
+    count: int
+
+    def size(self, split: str) -> int:
+        return self.count if split == "train" else HELD_OUT
+
+    def fingerprint(self) -> list:
+        return [self.level, self.seed, self.resolution, self.count, HELD_OUT]
+
+    def total(self, jobs: list) -> int:
+        return sum(self.size(split) for split in SPLITS)
+
+    def jobs(self, shards: int) -> list[list]:
+        """Cut every split into `shards` ranges: a job is [[split, first, stop], ...]."""
+        shards = example.shards(self.count, shards)
+        cut = {split: [self.size(split) * i // shards for i in range(shards + 1)] for split in SPLITS}
+        return [[[split, ends[i], ends[i + 1]] for split, ends in cut.items()] for i in range(shards)]
+
+    def read(self, job: list) -> Iterator[Example]:
+        for split, first, stop in job:
+            for index in range(first, stop):
+                record = scenes.record(self.level, self.seed, index, split, self.resolution)
+                values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+                yield Example(where=f"scenes:{self.level} {split} {index}", **{**values, "split": split})
+
+
+def open(prepare: config.Prepare) -> Scenes:
+    """Return the source of `scenes:easy` or `scenes:full`.
+
+    Raises:
+      UserError: for another level.
+    """
+    level = prepare.source.partition(":")[2]
+    if level not in LEVELS:
+        raise UserError(f"source {prepare.source!r}: no such level; use scenes:easy or scenes:full")
+    return Scenes(level, prepare.seed, prepare.resolution, prepare.count or COUNT)

@@ -1,0 +1,119 @@
+"""Token shards: the ids of documents as uint16, memory mapped.
+
+A shard is three .npy files: `{split}-00000-of-00004.ids.npy` (uint16, all documents end to end), `.lengths.npy`
+(int32 per document) and `.keys.npy` (bytes per document). Ids are the document's parts joined by <break>, without
+[eod]s. The ids file is renamed into place last, so a shard that has one is whole. Imports no jax.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from cm3jax.types import UserError
+
+NAME = re.compile(r"(?P<split>.+)-(?P<shard>\d{5})-of-(?P<shards>\d{5})\.ids\.npy")
+
+
+def stem(split: str, shard: int, shards: int) -> str:
+    """Return the common part of a shard's three file names."""
+    return f"{split}-{shard:05d}-of-{shards:05d}"
+
+
+def write(folder, split: str, documents: Iterable[tuple[str, np.ndarray]], shard: int = 0, shards: int = 1) -> int:
+    """Write one shard from (key, uint16 ids [n]) pairs, and return its number of documents."""
+    keys, ids = [], []
+    for key, document in documents:
+        keys.append(key.encode())
+        ids.append(np.asarray(document, np.uint16))
+    base = pathlib.Path(folder) / stem(split, shard, shards)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    save(base, "keys", np.array(keys, np.bytes_))
+    save(base, "lengths", np.array([len(x) for x in ids], np.int32))
+    save(base, "ids", np.concatenate([*ids, np.zeros(0, np.uint16)]))
+    return len(keys)
+
+
+def save(base: pathlib.Path, kind: str, array: np.ndarray) -> None:
+    """Write `base`.`kind`.npy whole or not at all."""
+    partial = base.with_name(f"{base.name}.{kind}.partial.npy")
+    np.save(partial, array)
+    partial.replace(base.with_name(f"{base.name}.{kind}.npy"))
+
+
+def written(folder, split: str, shards: int) -> list[int]:
+    """Return the shards of `split`, out of `shards`, that are already whole, so that writing can continue."""
+    folder = pathlib.Path(folder)
+    return [i for i in range(shards) if (folder / f"{stem(split, i, shards)}.ids.npy").is_file()]
+
+
+def splits(folder) -> list[str]:
+    """Return the names of the splits in `folder`."""
+    found = (NAME.fullmatch(p.name) for p in pathlib.Path(folder).glob("*.ids.npy"))
+    return sorted({m["split"] for m in found if m})
+
+
+class Tokens:
+    """The documents of one split; `tokens[i]` is uint16 [n].
+
+    Attributes:
+      lengths: int32 [documents].
+    """
+
+    def __init__(self, folder, split: str):
+        self.folder, self.split = pathlib.Path(folder), split
+        shards = self._shards()
+        bases = [self.folder / stem(split, i, shards) for i in range(shards)]
+        self._ids = [np.asarray(load(base, "ids", mmap=True)) for base in bases]  # a plain view slices twice as fast
+        lengths = [load(base, "lengths") for base in bases]
+        for base, ids, n in zip(bases, self._ids, lengths, strict=True):
+            if ids.dtype != np.uint16 or n.sum(dtype=np.int64) != len(ids):
+                raise UserError(f"token shard {str(base)!r}: lengths and ids disagree; delete it and encode again")
+        self.lengths = np.concatenate(lengths)
+        self._first = np.cumsum([0] + [len(n) for n in lengths])
+        self._start = np.concatenate([np.cumsum(n, dtype=np.int64) - n for n in lengths])
+        self._bases = bases
+
+    def _shards(self) -> int:
+        found = [m for p in self.folder.glob("*.ids.npy") if (m := NAME.fullmatch(p.name)) and m["split"] == self.split]
+        counts = {int(m["shards"]) for m in found}
+        if not found:
+            known = ", ".join(splits(self.folder)) or "none"
+            raise UserError(f"tokens {str(self.folder)!r}: no split {self.split!r} (found: {known}); encode it first")
+        if len(counts) > 1 or len(found) != max(counts):
+            raise UserError(
+                f"tokens {str(self.folder)!r}: split {self.split!r} has {len(found)} files of {sorted(counts)} shards;"
+                " encode it again"
+            )
+        return max(counts)
+
+    def __reduce__(self):  # a worker process maps the files again instead of getting a copy of them
+        return Tokens, (self.folder, self.split)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.read(i, 0, int(np.iinfo(np.int32).max))
+
+    def read(self, i: int, start: int, end: int) -> np.ndarray:
+        """Return ids start .. end of document i, without reading the rest."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i}: the split {self.split!r} has {len(self)}")
+        shard = int(np.searchsorted(self._first, i, "right")) - 1
+        at, n = int(self._start[i]), int(self.lengths[i])
+        return self._ids[shard][at + start : at + min(end, n)]
+
+    def keys(self) -> list[str]:
+        """Return the record key of every document."""
+        return [k.decode() for base in self._bases for k in load(base, "keys").tolist()]
+
+
+def load(base: pathlib.Path, kind: str, mmap: bool = False) -> np.ndarray:
+    """Return one array of a shard; a missing or broken file is a UserError."""
+    path = base.with_name(f"{base.name}.{kind}.npy")
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"token shard {str(path)!r}: missing or broken; delete the shard and encode again") from None

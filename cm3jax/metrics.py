@@ -1,0 +1,146 @@
+"""Adding up metrics, writing them (metrics.jsonl, TensorBoard), the progress line, time and memory."""
+
+import json
+import math
+import pathlib
+import resource
+import sys
+import time
+
+import tensorboardX
+import tqdm
+
+COUNTS = ("tokens", "items")
+"""Metrics whose sum counts what was processed; shown as a rate."""
+
+
+def total(batches) -> dict[str, tuple[float, float]]:
+    """Return the sums of several batches' {name: (sum, weight)} of host numbers."""
+    out: dict[str, tuple[float, float]] = {}
+    for metrics in batches:
+        for name, (value, weight) in metrics.items():
+            old = out.get(name, (0.0, 0.0))
+            out[name] = (old[0] + float(value), old[1] + float(weight))
+    return out
+
+
+def means(sums) -> dict[str, float]:
+    """Return {name: sum / weight}; names of weight 0 (a modality that did not occur) are left out."""
+    return {name: value / weight for name, (value, weight) in sums.items() if weight and name not in COUNTS}
+
+
+def not_finite(metrics) -> str:
+    """Return the first name whose sum is NaN or infinite, or ""."""
+    return next((name for name, (value, _) in metrics.items() if not math.isfinite(float(value))), "")
+
+
+def peak_memory_gib() -> float:
+    """Return the largest resident memory that this process has had, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Writer:
+    """Writes scalars to `folder`/metrics.jsonl, one object a line, and to TensorBoard event files beside it.
+
+    A run that continues at `step` first drops what was written after that step, so that every step has one line.
+    """
+
+    def __init__(self, folder, step: int = 0):
+        self.path = pathlib.Path(folder) / "metrics.jsonl"
+        kept = [line for line in lines(self.path) if line["step"] <= step]
+        self.seen = {(line["step"], name.split("/")[0]) for line in kept for name in line if "/" in name}
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept if step))
+        self.events = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, seconds: float, group: str, values: dict[str, float]) -> None:
+        """Write {group/name: value} of one step; `seconds` is the training time so far."""
+        named = {f"{group}/{name}": float(f"{value:.6g}") for name, value in values.items()}
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, "seconds": round(seconds, 2), **named}) + "\n")
+        for name, value in named.items():
+            self.events.add_scalar(name, value, step)
+        self.events.flush()
+        self.seen.add((step, group))
+
+    def close(self) -> None:
+        self.events.close()
+
+
+def lines(path) -> list[dict]:
+    """Return the objects of a metrics.jsonl; a last line that a crash cut short is left out."""
+    path = pathlib.Path(path)
+    out = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            out.append(json.loads(text))
+        except ValueError:
+            continue
+    return out
+
+
+class Meter:
+    """Wall time and rates of a run. `seconds` counts on from where the run was interrupted."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.start = time.monotonic() - seconds
+        self.last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def rates(self, sums, steps: int) -> dict[str, float]:
+        """Return {"tokens_per_second": ..., "steps_per_second": ...} since the last call."""
+        now = time.monotonic()
+        took, self.last = max(now - self.last, 1e-9), now
+        if not steps:
+            return {}
+        out = {f"{name}_per_second": sums[name][0] / took for name in COUNTS if name in sums}
+        return {**out, "steps_per_second": steps / took}
+
+    def pause(self) -> None:
+        """Leave the time since the last call out of the next rates (evaluation, saving)."""
+        self.last = time.monotonic()
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere a plain line every `every` seconds."""
+
+    def __init__(self, name: str, steps: int, start: int = 0, every: float | int = 15, out=None, quiet=False):
+        self.out = out or sys.stdout
+        self.quiet = quiet
+        self.name, self.steps, self.every, self.spoken = name, steps, every, -math.inf
+        terminal = self.out.isatty()
+        self.bar = tqdm.tqdm(total=steps, initial=start, desc=name, file=self.out, disable=quiet or not terminal)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Show where the run is; the rate is that of the last interval."""
+        parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+        parts += [f"{_short(values[k])} {k[:-11]}/s" for k in (f"{c}_per_second" for c in COUNTS) if k in values]
+        if not self.bar.disable:
+            self.bar.set_postfix_str(", ".join(parts), refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif time.monotonic() - self.spoken >= self.every or step == self.steps:
+            self.spoken = time.monotonic()
+            if rate := values.get("steps_per_second"):
+                parts.append(f"{tqdm.tqdm.format_interval(int((self.steps - step) / rate))} left")
+            self.say(", ".join([f"step {step}/{self.steps}", *parts]))
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if not self.bar.disable:
+            self.bar.write(f"{self.name}: {text}", file=self.out)
+        elif not self.quiet:
+            print(f"{self.name}: {text}", file=self.out, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _short(number: float) -> str:
+    """Return 1234567 as "1.23M"."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

@@ -1,0 +1,42 @@
+"""Next-token loss over the one vocabulary, in chunks so that full logits never exist (arXiv 2309.02591 §2.2)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cm3jax import config as configs
+from cm3jax import sharding
+from cm3jax.nn import decoder
+
+
+def token_losses(
+    params, config: configs.Decoder, hidden: Float[Array, "b t d"], targets: Int[Array, "b t"], chunk: int
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Return -log p(target) and log Σ exp(logits) of every position, in nats, float32.
+
+    Args:
+      chunk: Positions whose [b, chunk, v] logits exist at one time; the backward pass computes them again.
+    """
+
+    def losses(hidden, targets):
+        scores = sharding.constrain(decoder.logits(params, config, hidden), "batch", "seq", "vocab_out")
+        log_z = jax.nn.logsumexp(scores, -1)
+        # A masked sum, not a gather: it fuses, and a vocabulary sharded over chips needs no exchange of scores.
+        hit = targets[..., None] == jnp.arange(scores.shape[-1])
+        return log_z - jnp.sum(jnp.where(hit, scores, 0), -1), log_z
+
+    b, t, _ = hidden.shape
+    if t <= chunk:
+        return losses(hidden, targets)
+
+    def split(x: Array) -> Array:
+        """[b, t, ...] -> [chunks, b, chunk, ...], padded at the end."""
+        x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t]
+
+    body = jax.checkpoint(lambda _, xs: (None, losses(*xs)), prevent_cse=False)
+    _, (nll, log_z) = jax.lax.scan(body, None, (split(hidden), split(targets)))
+    return join(nll), join(log_z)

@@ -1,0 +1,254 @@
+"""The page and the picture that a person looks at after a run: report.html and samples.png.
+
+Both are made from what lies in the run folder, so that they can be made again at any time: report.json (figures),
+evaluate/examples.json and its pictures, */metrics.jsonl (curves), recipe.json.
+"""
+
+import base64
+import dataclasses
+import importlib.metadata
+import io
+import json
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cm3jax import config as configs
+from cm3jax import curves, metrics
+from cm3jax.types import UserError
+
+PACKAGES = ("cm3jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+NATS = "nats per token"
+CHARTS = (
+    ("decoder", "loss_text", "Decoder: text", NATS, None),
+    ("decoder", "loss_image", "Decoder: picture codes", NATS, None),
+    ("decoder", "loss_infill", "Decoder: infilled spans", NATS, None),
+    ("image", "psnr", "Image tokenizer: reconstruction", "PSNR, dB", None),
+    ("image", "usage", "Image tokenizer: codes in use", "share of the codebook", (0.0, 1.0)),
+)
+"""(stage folder, metric, title, unit, ends of the vertical axis)."""
+
+
+def write(run) -> None:
+    """Write `run`/report.html and `run`/samples.png.
+
+    Raises:
+      UserError: if the run has not been evaluated, or its files are broken.
+    """
+    run = pathlib.Path(run)
+    report, examples = read(run / "report.json"), read(run / "evaluate" / "examples.json")
+    drawn = examples.get("text_to_image", [])
+    pictures = [Image.open(io.BytesIO(picture_bytes(run / "evaluate" / e["picture"]))) for e in drawn]
+    title = f"{report.get('name', run.name)}: pictures from captions, not picked"
+    sheet(title, pictures, [e["caption"] for e in drawn], [e.get("correct") for e in drawn]).save(run / "samples.png")
+    (run / "report.html").write_text(page(run, report, examples), encoding="utf-8")
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """Return a JSON object of the run.
+
+    Raises:
+      UserError: if there is none.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; make it with: cm3jax evaluate RUN") from None
+    except ValueError as e:
+        raise UserError(f"{path}: not readable ({e}); make it again with: cm3jax evaluate RUN") from None
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def page(run: pathlib.Path, report: dict[str, Any], examples: dict[str, list]) -> str:
+    """Return report.html: one file, no network, no script."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("cm3jax", "."), autoescape=True, trim_blocks=True)
+    environment.filters |= {"figure": figure, "duration": duration, "json": lambda x: json.dumps(x, indent=1)}
+    recipe = run / "recipe.json"
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        examples=examples,
+        picture=lambda name: data_uri(run / "evaluate" / name),
+        charts=charts(run),
+        settings=settings(report),
+        recipe=read(recipe) if recipe.is_file() else {},
+        versions=report.get("protocol", {}).get("versions") or versions(),
+    )
+
+
+def charts(run: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the curves that the run has, each {"title", "unit", "svg"}; training and validation in one chart."""
+    found = []
+    for stage, name, title, unit, ends in CHARTS:
+        lines = metrics.lines(run / stage / "metrics.jsonl")
+        pair = [curves.Line(group, curves.series(lines, f"{group}/{name}")) for group in ("train", "validation")]
+        if any(line.points for line in pair):
+            drawn = curves.svg(f"{title}, {unit}, by step", pair, *(ends or (None, None)))
+            found.append({"title": title, "unit": unit, "svg": drawn})
+    return found
+
+
+def settings(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per candidate setting of the pictures: {"name", "chosen", "validation", "test"}; None: not run."""
+    drawn = report.get("text_to_image", {})
+    return [
+        {
+            "name": sampling_name(row["sampling"]),
+            "chosen": row["sampling"] == drawn.get("sampling"),
+            "validation": row.get("validation"),
+            "test": row.get("object_accuracy"),
+        }
+        for row in drawn.get("settings", [])
+    ]
+
+
+def sampling_name(sampling: dict[str, Any]) -> str:
+    """Return what sets a setting apart from plain sampling: "temperature 0.5, guidance 1.5"."""
+    plain = configs.to_json(configs.Sampling())
+    changed = {k: v for k, v in sampling.items() if v != plain.get(k)}
+    if changed.get("temperature") == 0:
+        return "greedy"
+    shown = {"temperature": sampling.get("temperature", 1.0), **changed}
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shown.items())
+
+
+def figure(value: curves.Number | None) -> str:
+    """Return 0.91328 as "0.913", 28.2041 as "28.20", 301.7 as "302", None as "–"."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    return f"{value:.3f}" if size < 10 else f"{value:.2f}" if size < 100 else f"{value:,.0f}"
+
+
+def duration(seconds: curves.Number) -> str:
+    """Return 4.21 as "4.2 s", 538 as "8 min 58 s", 8000 as "2 h 13 min"."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what this process runs on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def data_uri(path: pathlib.Path) -> str:
+    """Return a PNG file as the address of an inline picture."""
+    return f"data:image/png;base64,{base64.b64encode(picture_bytes(path)).decode()}"
+
+
+def picture_bytes(path: pathlib.Path) -> bytes:
+    """Return the bytes of a picture of the run.
+
+    Raises:
+      UserError: if it is not there.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; make it again with: cm3jax evaluate RUN") from None
+
+
+# --------------------------------------------------------------------------------------------------------- samples.png
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Measures of samples.png, in pixels."""
+
+    columns: int = 4
+    side: int = 256
+    """Largest side of a picture; a smaller one is enlarged by a whole number."""
+    gap: int = 24
+    line: int = 20
+    text: int = 15
+    head: int = 22
+    paper: str = "#ffffff"
+    ink: str = "#1d2129"
+    soft: str = "#5c6470"
+    wrong: str = "#b3261e"
+
+
+def sheet(title: str, pictures: Sequence, captions: Sequence[str], correct=None, look: Look = Look()) -> Image.Image:
+    """Return pictures with their captions below, in rows.
+
+    Args:
+      pictures: uint8 [h, w, 3] arrays, or what `PIL.Image.open` returns.
+      correct: Verdict on each, or None; a picture whose verdict is False is framed and says so.
+    """
+    verdicts = list(correct or [None] * len(pictures))
+    font, head = ImageFont.load_default(look.text), ImageFont.load_default(look.head)
+    lines = [wrap(caption, font, look.side) for caption in captions]
+    notes = [["not as asked"] if verdict is False else [] for verdict in verdicts]
+    rows = [range(i, min(i + look.columns, len(pictures))) for i in range(0, len(pictures), look.columns)]
+    heights = [look.side + 8 + look.line * max(len(notes[i] + lines[i]) for i in row) for row in rows]
+    top = look.gap + look.head + look.gap
+    size = (look.gap + look.columns * (look.side + look.gap), top + sum(heights) + look.gap * max(len(rows), 1))
+    canvas = Image.new("RGB", size, look.paper)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((look.gap, look.gap), title, look.ink, head)
+    for row, height in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            x = look.gap + column * (look.side + look.gap)
+            y = top + place(canvas, draw, look, (x, top), pictures[i], verdicts[i]) + 8
+            for j, line in enumerate(notes[i] + lines[i]):
+                draw.text((x, y + j * look.line), line, look.wrong if j < len(notes[i]) else look.ink, font)
+        top += height + look.gap
+    return canvas
+
+
+def place(canvas: Image.Image, draw, look: Look, corner: tuple[int, int], picture, verdict: bool | None) -> int:
+    """Draw a picture with its upper left corner at `corner`; return its height there."""
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    picture = enlarge(picture.convert("RGB"), look.side)
+    (x, y), (w, h) = corner, picture.size
+    if verdict is False:
+        draw.rectangle((x - 3, y - 3, x + w + 2, y + h + 2), None, look.wrong, 3)
+    canvas.paste(picture, (x, y))
+    return h
+
+
+def enlarge(picture: Image.Image, side: int) -> Image.Image:
+    """Return the picture at most `side` large: enlarged by a whole number, or reduced."""
+    largest = max(picture.size)
+    if largest > side:
+        scale = side / largest
+        return picture.resize([max(1, round(n * scale)) for n in picture.size], Image.Resampling.LANCZOS)
+    factor = side // largest
+    return picture.resize([n * factor for n in picture.size], Image.Resampling.NEAREST)
+
+
+def wrap(text: str, font, width: int, most: int = 6) -> list[str]:
+    """Return the text in lines no wider than `width` pixels; what exceeds `most` lines is cut with an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    lines = [clip(line, font, width) for line in lines]
+    return lines if len(lines) <= most else [*lines[: most - 1], clip(f"{lines[most - 1]} …", font, width)]
+
+
+def clip(line: str, font, width: int) -> str:
+    """Return a line cut to `width` pixels."""
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(f"{line}…") > width:
+        line = line[:-1]
+    return f"{line}…"

@@ -1,0 +1,356 @@
+"""Recipes: the stages in order, which of them are stale, and what each calls.
+
+    prepare -> text, image -> tokens -> decoder -> evaluate
+
+Every stage is `f(recipe, run folder)`. It leaves its files in its own folder, and continues from them when it was
+interrupted. The calls import what they need when they run, so that preparing data never loads jax.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from cm3jax import config, stages
+from cm3jax.config import Recipe
+from cm3jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of a recipe.
+
+    Attributes:
+      output: Folder below the run folder that holds all it leaves, and its stage.json.
+      inputs: Stages whose results it reads.
+      settings: The part of the recipe that it depends on, as JSON types.
+      call: Does the work.
+    """
+
+    name: str
+    output: str
+    inputs: tuple[str, ...]
+    settings: Callable[[Recipe], dict[str, Any]]
+    call: Callable[[Recipe, pathlib.Path], None]
+
+    def folder(self, run: pathlib.Path) -> pathlib.Path:
+        return run / self.output
+
+
+def settings(section: str, *vocab: str) -> Callable[[Recipe], dict[str, Any]]:
+    """Return the function that takes `section` and some sizes of the vocabulary out of a recipe."""
+
+    def take(recipe: Recipe) -> dict[str, Any]:
+        sizes = {name: getattr(recipe.vocab, name) for name in vocab}
+        return {section: config.to_json(getattr(recipe, section))} | ({"vocab": sizes} if sizes else {})
+
+    return take
+
+
+# ------------------------------------------------------------------------------------------------------------ the calls
+
+
+def prepare(recipe: Recipe, run: pathlib.Path) -> None:
+    """Source -> prepared/."""
+    from cm3jax.data import prepare
+
+    prepare.prepare(recipe.prepare, run / "prepared")
+
+
+def text(recipe: Recipe, run: pathlib.Path) -> None:
+    """Captions of the training split -> text/tokenizer.model."""
+    from cm3jax.data import shards
+    from cm3jax.tokenizers import text
+
+    records = shards.Reader(run / "prepared", "train")
+    texts = (part for record in records for part in record.parts if isinstance(part, str))
+    tokenizer = text.train(texts, recipe.vocab.text, run / "text" / "tokenizer.model", recipe.text)
+    say(f"text: {tokenizer.size} entries of at most {recipe.vocab.text}")
+
+
+def image(recipe: Recipe, run: pathlib.Path) -> None:
+    """Pictures of the training split -> image/."""
+    import jax
+
+    from cm3jax import hooks
+    from cm3jax.data import shards
+    from cm3jax.tokenizers import image
+    from cm3jax.train import loop, vqgan
+
+    stage, host = recipe.image, (jax.process_index(), jax.process_count())
+    prepared, resolution, codes = run / "prepared", recipe.prepare.resolution, recipe.vocab.image
+    held_out = "validation" in shards.splits(prepared)
+    state = loop.train(
+        vqgan.task(stage, resolution, codes),
+        lambda step: vqgan.batches(prepared, stage, step, *host),
+        (lambda: vqgan.eval_batches(prepared, stage, *host)) if held_out else None,
+        stage.training,
+        run / "image",
+        hooks=sampled(stage.training, hooks.reconstructions, recipe, run),
+        name="image",
+    )
+    image.save(run / "image", stage.model, codes, resolution, vqgan.averaged(state))
+
+
+def tokens(recipe: Recipe, run: pathlib.Path) -> None:
+    """Records and the two tokenizers -> tokens/."""
+    from cm3jax.data import encode
+    from cm3jax.tokenizers import image, text
+
+    tokenizer, pictures = text.Tokenizer(run / "text" / "tokenizer.model"), image.load(run / "image")
+    encode.encode(run / "prepared", run / "tokens", pictures.encode, tokenizer, recipe.vocab, recipe.tokens.batch)
+
+
+def decoder(recipe: Recipe, run: pathlib.Path) -> None:
+    """Token shards -> decoder/."""
+    import jax
+
+    from cm3jax import hooks
+    from cm3jax.data import pipeline
+    from cm3jax.data import tokens as token_shards
+    from cm3jax.train import lm, loop
+
+    stage, vocab, host = recipe.decoder, recipe.vocab, (jax.process_index(), jax.process_count())
+    held_out = "validation" in token_shards.splits(run / "tokens")
+    found = token_shards.Tokens(run / "tokens", "train")
+    facts = pipeline.describe(found, stage)
+    say(
+        "decoder: {documents:,} documents of {tokens:,} tokens in {rows:,} rows an epoch, {filled:.0%} filled,"
+        " {too_long:,} left out as too long".format(**facts)
+    )
+    meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": config.to_json(stage.model)}
+    loop.train(
+        lm.task(stage, vocab),
+        lambda step: pipeline.batches(run / "tokens", "train", stage, vocab, step, *host),
+        (lambda: pipeline.eval_batches(run / "tokens", "validation", stage, vocab, True, *host)) if held_out else None,
+        stage.training,
+        run / "decoder",
+        hooks=sampled(stage.training, hooks.drawings, recipe, run),
+        name="decoder",
+        meta=meta,
+    )
+
+
+def sampled(training: config.Training, hook, recipe: Recipe, run: pathlib.Path) -> list:
+    """Return the loop's hooks: the sheet of sample pictures, if the settings ask for one."""
+    return [(training.sample_every, hook(recipe, run))] if training.sample_every else []
+
+
+def evaluate(recipe: Recipe, run: pathlib.Path) -> None:
+    """Everything before -> evaluate/."""
+    from cm3jax.evaluate import protocol
+
+    protocol.evaluate(recipe, run, say)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("prepare", "prepared", (), settings("prepare"), prepare),
+        Stage("text", "text", ("prepare",), settings("text", "text"), text),
+        Stage("image", "image", ("prepare",), settings("image", "image"), image),
+        Stage("tokens", "tokens", ("prepare", "text", "image"), settings("tokens", "text", "image"), tokens),
+        Stage(
+            "decoder",
+            "decoder",
+            ("tokens",),
+            settings("decoder", "text", "image", "sentinels", "multiple"),
+            decoder,
+        ),
+        Stage(
+            "evaluate",
+            "evaluate",
+            ("prepare", "text", "image", "tokens", "decoder"),
+            settings("evaluate"),
+            evaluate,
+        ),
+    )
+}
+
+# -------------------------------------------------------------------------------------------------------- what is stale
+
+
+def run(recipe: Recipe, folder, redo: str = "", only: str = "") -> pathlib.Path:
+    """Bring every stage of a recipe up to date; return the run folder.
+
+    Args:
+      redo: Stage to make again from nothing, with all that depend on it.
+      only: The one stage to bring up to date; those before it must be.
+
+    Raises:
+      UserError: if a setting changed since a stage was made, naming it; or if an input of `only` is not there.
+    """
+    folder = pathlib.Path(folder)
+    names = [only] if only else list(STAGES)
+    with stages.locked(folder):
+        if redo:
+            forget(folder, redo)
+        for name in names:
+            refuse_changes(STAGES[name], recipe, folder)
+        if only:
+            require(STAGES[only].inputs, folder)
+        stages.write_text(folder / "recipe.json", json.dumps(config.to_json(recipe), indent=1) + "\n")
+        for i, name in enumerate(names):
+            bring(STAGES[name], recipe, folder, f"[{i + 1}/{len(names)}] {name}")
+        if "evaluate" in names:
+            publish(folder)
+    return folder
+
+
+def dependents(name: str) -> list[str]:
+    """Return a stage and all that need its result, in order."""
+    found = {name: None}
+    for stage in STAGES.values():  # in order, so one pass is enough
+        if found.keys() & set(stage.inputs):
+            found[stage.name] = None
+    return list(found)
+
+
+def forget(folder: pathlib.Path, name: str) -> None:
+    """Delete the results of a stage and of all that depend on it.
+
+    Raises:
+      UserError: if there is no such stage.
+    """
+    if name not in STAGES:
+        raise UserError(f"--redo {name}: no such stage; stages: {', '.join(STAGES)}")
+    for stage in map(STAGES.get, dependents(name)):
+        stages.remove(stage.folder(folder))
+    for report in REPORT:  # it tells of the evaluation, which depends on every stage
+        stages.remove(folder / report)
+
+
+def refuse_changes(stage: Stage, recipe: Recipe, folder: pathlib.Path) -> None:
+    """Raise UserError if the recipe differs from what the stage on disk was made with."""
+    record = stages.read(stage.folder(folder))
+    changed = stages.differences(record.config, stage.settings(recipe)) if record else []
+    if changed:
+        raise UserError(
+            f"{stage.folder(folder)}: {stages.describe(changed)}; set it back, make the stage and what follows"
+            f" again with --redo {stage.name}, or keep both with another --out"
+        )
+
+
+def require(names, folder: pathlib.Path) -> None:
+    """Raise UserError unless the stages are finished and whole."""
+    for name in names:
+        record = stages.read(STAGES[name].folder(folder))
+        if record is None or not record.complete:
+            state = "not finished" if record else "not there"
+            raise UserError(f"{STAGES[name].folder(folder)}: {state}, and needed here; {HOW[name].format(run=folder)}")
+        if fault := stages.missing(folder, record):
+            raise UserError(f"{folder}: {fault}; {HOW[name].format(run=folder)}")
+
+
+REPORT = ("report.json", "report.html", "samples.png")
+HOW = {
+    "prepare": "make it with: cm3jax prepare SOURCE {run}",
+    "text": "make it with: cm3jax train CONFIG --inputs {run} --stage text",
+    "image": "make it with: cm3jax train CONFIG --inputs {run} --stage image",
+    "tokens": "make it with: cm3jax encode {run}",
+    "decoder": "make it with: cm3jax train CONFIG --inputs {run}",
+    "evaluate": "make it with: cm3jax evaluate {run}",
+}
+
+
+def inputs(stage: Stage, recipe: Recipe, folder: pathlib.Path) -> dict[str, str]:
+    """Return the fingerprints of what a stage reads: earlier results, or the data source."""
+    if stage.name == "prepare":
+        return source(recipe.prepare)
+    return {name: stages.read(STAGES[name].folder(folder)).result for name in stage.inputs}
+
+
+def source(prepare: config.Prepare) -> dict[str, str]:
+    """Return the fingerprint of the data source; tfds has its versions, and asking it would load TensorFlow.
+
+    Raises:
+      UserError: if there is no such source.
+    """
+    from cm3jax.data import sources
+
+    return {} if prepare.source.startswith("tfds:") else {"source": config.digest(sources.open(prepare).fingerprint())}
+
+
+def bring(stage: Stage, recipe: Recipe, folder: pathlib.Path, title: str) -> None:
+    """Make a stage's result unless the one on disk is whole and made from the same things.
+
+    Raises:
+      UserError: if its inputs are not those that it was begun with.
+    """
+    now, record = inputs(stage, recipe, folder), stages.read(stage.folder(folder))
+    if record and record.inputs != now:
+        changed = ", ".join(sorted(k for k in {**now, **record.inputs} if now.get(k) != record.inputs.get(k)))
+        raise UserError(
+            f"{stage.folder(folder)}: made from another {changed} than the one there now; make it and what"
+            f" follows again with --redo {stage.name}"
+        )
+    if record and record.complete and not (fault := stages.missing(folder, record)):
+        return say(f"{title}: up to date")
+    if record:
+        say(f"{title}: {fault if record.complete else 'was interrupted'}; continues after {record.seconds:.0f} s")
+    else:
+        say(title)
+    make(stage, recipe, folder, record or stages.Record(), now)
+    say(f"{title}: {stages.read(stage.folder(folder)).seconds:.1f} s in all")
+
+
+def make(stage: Stage, recipe: Recipe, folder: pathlib.Path, record: stages.Record, now: dict[str, str]) -> None:
+    """Run one stage and write its record."""
+    record.config = stage.settings(recipe)
+    record.hash = config.digest(stages.significant(record.config))
+    record.inputs, record.complete = now, False
+    with stages.measured(stage.folder(folder), record):
+        stage.call(recipe, folder)
+        record.files = stages.files(folder, stage.output)
+        record.result = stages.fingerprint(folder, record.files)
+        record.complete = True
+
+
+def publish(folder: pathlib.Path) -> None:
+    """Write report.json (the scores, seconds of each stage, peak memory), report.html and samples.png."""
+    from cm3jax import report
+
+    scores = json.loads((folder / "evaluate" / "scores.json").read_text())
+    measured = stages.summary(folder, {stage.name: stage.output for stage in STAGES.values()})
+    stages.write_text(folder / "report.json", json.dumps({**scores, **measured}, indent=1) + "\n")
+    report.write(folder)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------- one stage by itself
+
+
+def adopt(recipe: Recipe, folder, stage: str) -> Recipe:
+    """Return the recipe with the settings of all earlier stages as they are on disk in `folder`.
+
+    Raises:
+      UserError: if the recipe's vocabulary is not the one that those stages were made with.
+    """
+    for name in STAGES[stage].inputs:
+        recipe = adopt(recipe, folder, name)
+        record = stages.read(STAGES[name].folder(pathlib.Path(folder)))
+        if record is None:
+            continue
+        for size, value in record.config.get("vocab", {}).items():
+            if getattr(recipe.vocab, size) != value:
+                raise UserError(
+                    f"vocab.{size} = {getattr(recipe.vocab, size)}, but {folder} was made with {value};"
+                    f" add --vocab.{size} {value}"
+                )
+        section = type(getattr(recipe, name))
+        recipe = dataclasses.replace(recipe, **{name: config.from_json(section, record.config[name], name)})
+    return recipe
+
+
+def link(stage: str, source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Make the results that a stage needs visible in another run folder, by links."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in [s for s in STAGES if stage in dependents(s) and s != stage]:
+        target, here = STAGES[name].folder(source), STAGES[name].folder(folder)
+        if target.is_dir() and not here.exists():
+            here.symlink_to(os.path.relpath(target, here.parent), target_is_directory=True)

@@ -1,0 +1,196 @@
+"""Prefill and the decode loop: prompts in, drawn ids out, compiled once per shape.
+
+The streams of guidance (conditional, unconditional, ...) are rows of one batch of n * b: they share the weights' one
+trip through memory, which is what decoding costs. The loop is one `lax.while_loop` over a static cache, so that
+captions stop when the last of them has ended; a batch of pictures runs through all its steps like a scan.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from cm3jax import config as configs
+from cm3jax import vocab as vocabulary
+from cm3jax.nn import decoder
+from cm3jax.sample import filters, grammar, guidance
+
+
+class Settings(NamedTuple):
+    """How each row draws: arrays [b], so that another value needs no other program."""
+
+    temperature: Float[Array, " b"]
+    top_k: Int[Array, " b"]
+    top_p: Float[Array, " b"]
+    scales: Float[Array, "n_1 b"]
+    """Guidance from each stream to the next; [0, b] with one stream."""
+    contrast: Bool[Array, " b"]
+    """Rows drawn by CD-K."""
+    cd_alpha: Float[Array, " b"]
+    uncond_temperature: Float[Array, " b"]
+
+
+class Kind(NamedTuple):
+    """What a batch needs of the program: static, so that nobody pays for a sort that no row asks for."""
+
+    filtered: bool
+    """Some row has top-k or top-p."""
+    cd_k: int
+    """The k of CD-K; 0 if no row uses it."""
+
+
+class Prompts(NamedTuple):
+    """Prompts of n streams, padded on the left so that all rows go on in the same slot."""
+
+    ids: Int[Array, "n b t"]
+    lengths: Int[Array, "n b"]
+    last: Int[Array, "n b"]
+    """Position of each prompt's last id, from which the drawn ids count on."""
+
+
+class Drawn(NamedTuple):
+    """What came out."""
+
+    ids: Int[Array, "b steps"]
+    """<pad> after the end."""
+    lengths: Int[Array, " b"]
+    """Tokens drawn, the one that ends the row included."""
+    logprobs: Float[Array, "b steps"]
+    """log p of each token under the conditional stream alone, temperature 1, over the ids allowed; 0 after the end."""
+
+
+def streams(sampling: configs.Sampling) -> int:
+    """Return how many streams a setting needs: 2 as soon as something is compared with the unconditional one."""
+    return 1 if sampling.method == "top_p" and sampling.guidance == 1 else 2
+
+
+def kind(sampling: configs.Sampling) -> Kind:
+    """Return what the program must be able to do."""
+    top_p = sampling.method != "cd_k" and (sampling.top_k > 0 or sampling.top_p < 1)
+    return Kind(top_p, 0 if sampling.method == "top_p" else sampling.cd_k)
+
+
+def settings(sampling: configs.Sampling, rows: np.ndarray) -> Settings:
+    """Return the settings of the rows with these numbers; of a mixture, odd rows draw by CD-K."""
+    full = lambda x, dtype=np.float32: np.full(len(rows), x, dtype)  # noqa: E731
+    contrast = {"top_p": full(0, bool), "cd_k": full(1, bool), "mixture": rows % 2 == 1}[sampling.method]
+    return Settings(
+        temperature=full(sampling.temperature),
+        top_k=np.where(contrast, 0, sampling.top_k).astype(np.int32),
+        top_p=np.where(contrast, 1, sampling.top_p).astype(np.float32),
+        scales=full(sampling.guidance)[None][: streams(sampling) - 1],
+        contrast=contrast,
+        cd_alpha=full(sampling.cd_alpha),
+        uncond_temperature=full(sampling.uncond_temperature),
+    )
+
+
+def pad(prompts: list[list[np.ndarray]], length: int, last=None) -> Prompts:
+    """Return prompts[stream][row] as arrays of `length` columns; `last` [n, b] are positions, None: of the length."""
+    ids = np.full((len(prompts), len(prompts[0]), length), vocabulary.PAD, np.int32)
+    for stream, found in zip(ids, prompts, strict=True):
+        for row, prompt in zip(stream, found, strict=True):
+            row[length - len(prompt) :] = prompt
+    lengths = np.array([[len(p) for p in stream] for stream in prompts], np.int32)
+    return Prompts(ids, lengths, lengths - 1 if last is None else np.asarray(last, np.int32))
+
+
+def bucket(n: int) -> int:
+    """Return the least length >= n of which programs are made: multiples of 16 up to 128, then four per doubling."""
+    step = 16 if n <= 128 else 2 ** ((n - 1).bit_length() - 3)
+    return -(-n // step) * step
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rules", "kind", "steps"))
+def decode(
+    model: decoder.Decoder,
+    rules: grammar.Grammar,
+    kind: Kind,
+    steps: int,
+    params,
+    prompts: Prompts,
+    state: grammar.State,
+    settings: Settings,
+    forced: Int[Array, "b steps"],
+    keys: Key[Array, " b"],
+) -> Drawn:
+    """Draw up to `steps` ids after each prompt, until the grammar says that all rows are done.
+
+    Args:
+      params: Of `model`, unboxed.
+      prompts: Their streams differ in the prompt only: all get the same drawn ids.
+      state: Where the grammar stands after each prompt.
+      forced: Ids to take in place of drawn ones, which the grammar must allow; -1 is free.
+      keys: One a row. Step i uses fold_in(key, i), so that a row does not depend on its batch mates
+        (up to the rounding of matrix products of other shapes).
+    """
+    n, b, t = prompts.ids.shape
+    slots, lengths, positions = t - 1 + steps, prompts.lengths.reshape(-1), prompts.last.reshape(-1)
+    ids = prompts.ids.reshape(n * b, t)
+    cache = _prefill(model, params, ids[:, :-1], lengths, slots)
+
+    def body(carry):
+        i, last, state, cache, drawn = carry
+        logits, cache = _score(model, rules, params, last, positions + i, cache, t - 1 + i)
+        logits = logits.reshape(n, b, -1)
+        ids, logprobs = _draw(rules, kind, logits, state, settings, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+        held, done = jax.lax.dynamic_index_in_dim(forced, i, 1, keepdims=False), state.mode == grammar.DONE
+        ids = jnp.where(done, vocabulary.PAD, jnp.where(held >= 0, held, ids))
+        logprobs = jnp.where(done, 0.0, _column(logprobs, ids - rules.first))
+        drawn = Drawn(
+            jax.lax.dynamic_update_slice(drawn.ids, ids[:, None], (0, i)),
+            drawn.lengths + ~done,
+            jax.lax.dynamic_update_slice(drawn.logprobs, logprobs[:, None], (0, i)),
+        )
+        return i + 1, jnp.tile(ids, n), grammar.step(rules, state, ids), cache, drawn
+
+    def unfinished(carry):
+        return (carry[0] < steps) & jnp.any(carry[2].mode != grammar.DONE)
+
+    empty = Drawn(jnp.full((b, steps), vocabulary.PAD), jnp.zeros(b, jnp.int32), jnp.zeros((b, steps)))
+    return jax.lax.while_loop(unfinished, body, (0, ids[:, -1], state, cache, empty))[-1]
+
+
+def _prefill(model, params, ids: Int[Array, "b t"], lengths: Int[Array, " b"], slots: int):
+    """Return a cache that holds all of the prompts but their last ids, which are the loop's first input."""
+    b, t = ids.shape
+    place = jnp.arange(t) - (t + 1 - lengths[:, None])
+    cache = decoder.init_cache(model.config, b, slots)
+    positions, segments = jnp.maximum(place, 0), (place >= 0).astype(jnp.int32)
+    return model.apply({"params": params}, ids, positions, segments, cache=cache, index=0)[1]
+
+
+def _score(model, rules, params, ids: Int[Array, " b"], positions: Int[Array, " b"], cache, index):
+    """Return float32 logits [b, last - first] of what follows `ids`, and the cache with them."""
+    one = jnp.ones_like(ids)[:, None]
+    hidden, cache = model.apply({"params": params}, ids[:, None], positions[:, None], one, cache=cache, index=index)
+    return decoder.logits(params, model.config, hidden[:, 0])[:, rules.first : rules.last], cache
+
+
+def _draw(rules, kind: Kind, logits: Float[Array, "n b v"], state, settings: Settings, keys):
+    """Return drawn ids [b], and the log-probabilities [b, v] of the conditional stream."""
+    allowed = grammar.allowed(rules, state)
+    mixed = jnp.where(allowed, guidance.guide(logits, settings.scales), -jnp.inf)
+    scores = filters.temper(mixed, settings.temperature)
+    if kind.filtered:
+        scores = filters.top_k_top_p(scores, settings.top_k, settings.top_p)
+    if kind.cd_k:
+        contrasted = guidance.contrast(
+            logits[0],
+            logits[-1],
+            allowed,
+            settings.temperature,
+            settings.uncond_temperature,
+            settings.cd_alpha,
+            kind.cd_k,
+        )
+        scores = jnp.where(settings.contrast[:, None], contrasted, scores)
+    ids = rules.first + filters.draw(scores, allowed, keys)
+    return ids, jax.nn.log_softmax(jnp.where(allowed, logits[0], -jnp.inf))
+
+
+def _column(x: Float[Array, "b v"], i: Int[Array, " b"]) -> Float[Array, " b"]:
+    return jnp.take_along_axis(x, jnp.clip(i, 0, x.shape[1] - 1)[:, None], axis=1)[:, 0]

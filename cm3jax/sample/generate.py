@@ -1,0 +1,323 @@
+"""Prompts in, pictures and text out: what the command line, the evaluation and notebooks call.
+
+    generator = generate.load("runs/quickstart")
+    pictures = generator.text_to_image(["a red circle"], seed=1)
+
+Row i of a call draws from the stream (seed, i): the same seed and place give the same answer whatever else is in the
+batch and however large it is (up to the rounding of matrix products of other shapes).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cm3jax import checkpoint, rng
+from cm3jax import config as configs
+from cm3jax.data import pictures as files
+from cm3jax.nn import decoder
+from cm3jax.sample import decode, grammar
+from cm3jax.tokenizers import document
+from cm3jax.tokenizers import image as images
+from cm3jax.tokenizers import text as texts
+from cm3jax.types import Part, UserError
+from cm3jax.vocab import Vocab
+
+GREEDY = configs.Sampling(temperature=0.0)
+MASK = "<mask>"
+Box = Sequence[int | float]
+"""(x0, y0, x1, y1), upper left and lower right: floats are fractions of the square picture, ints its pixels."""
+
+
+def load(run, batch: int = 16, step: int | None = None) -> "Generator":
+    """Return the generator of a run's folder: needs recipe.json, text/, image/ and decoder/.
+
+    Args:
+      batch: Rows drawn at one time, at most.
+      step: Checkpoint of the decoder; None: the latest.
+
+    Raises:
+      UserError: if something of it is missing.
+    """
+    run = pathlib.Path(run)
+    if not (run / "recipe.json").is_file():
+        raise UserError(f"run {str(run)!r}: no recipe.json there; give the folder that `cm3jax run` wrote")
+    recipe = configs.load(run / "recipe.json")
+    text, image = texts.Tokenizer(run / "text" / "tokenizer.model"), images.load(run / "image")
+    model = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
+    params = jax.tree.map(jnp.asarray, checkpoint.load_params(run / "decoder", step=step))
+    return Generator(model, params, recipe.vocab, text, image, batch, recipe.decoder.packing.positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A decoder and its two tokenizers.
+
+    Attributes:
+      params: Of `model`, unboxed.
+      image: A `tokenizers.image.Tokenizer`, or what has its encode, decode, grid and resolution.
+      batch: Rows drawn at one time, at most.
+      positions: `Packing.positions` of the model's training.
+    """
+
+    model: decoder.Decoder
+    params: Any
+    vocab: Vocab
+    text: texts.Tokenizer
+    image: Any
+    batch: int = 16
+    positions: str = "row"
+
+    @property
+    def codes(self) -> int:
+        """Codes of one picture."""
+        h, w = self.image.grid
+        return h * w
+
+    # ------------------------------------------------------------------------------------------------------- pictures
+
+    def text_to_image(
+        self, prompts: Sequence[str], seed: int = 0, sampling: configs.Sampling = configs.Sampling()
+    ) -> np.ndarray:
+        """Return a picture for each prompt, uint8 [n, h, w, 3].
+
+        Raises:
+          UserError: if a prompt is too long.
+        """
+        found = [document.text_to_image(prompt, self.text, self.vocab) for prompt in prompts]
+        drawn = self._codes(found, [self.codes] * len(found), seed, sampling)
+        return self.image.decode(np.array(drawn, np.uint16).reshape(-1, self.codes))
+
+    def infill_image(
+        self,
+        pictures: Sequence[np.ndarray] | np.ndarray,
+        captions: Sequence[str],
+        boxes: Sequence[Box],
+        seed: int = 0,
+        sampling: configs.Sampling = configs.Sampling(),
+    ) -> np.ndarray:
+        """Return the pictures with what lies in the boxes drawn anew, uint8 [n, h, w, 3].
+
+        Only codes whose patch of pixels overlaps the box change; the others are held (arXiv 2309.02591 §2.2).
+
+        Args:
+          pictures: uint8 [h, w, 3] each, cropped to the model's square if need be, or codes uint16 [n].
+          captions: Of the whole picture.
+          boxes: One per picture.
+
+        Raises:
+          UserError: if a box is empty or outside, or a caption too long.
+        """
+        _same_length(pictures=pictures, captions=captions, boxes=boxes)
+        codes, regions = self.encode(pictures), [self.region(box) for box in boxes]
+        found = [
+            document.infill_image(*row, self.text, self.vocab) for row in zip(captions, codes, regions, strict=True)
+        ]
+        drawn = self._codes(found, [len(prompt.known) for prompt in found], seed, sampling)
+        for row, region, new in zip(codes, regions, drawn, strict=True):
+            first = np.argmax(region)
+            row[first : first + len(new)] = new
+        return self.image.decode(codes)
+
+    def region(self, box: Box) -> np.ndarray:
+        """Return which codes a box touches, bool [n] in reading order.
+
+        Raises:
+          UserError: if the box is empty or reaches outside the picture.
+        """
+        side, (h, w) = self.image.resolution, self.image.grid
+        pixels = all(isinstance(x, (int, np.integer)) for x in box)
+        x0, y0, x1, y1 = np.array(box, float) / (side if pixels else 1)
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            limit = f"pixels 0 to {side}" if pixels else "fractions 0 to 1"
+            raise UserError(f"box {tuple(box)}: must be x0, y0, x1, y1 in {limit}, with x0 < x1 and y0 < y1")
+        inside = lambda a, b, n: (np.arange(n) < b * n) & (np.arange(1, n + 1) > a * n)  # noqa: E731
+        return (inside(y0, y1, h)[:, None] & inside(x0, x1, w)).reshape(-1)
+
+    # ----------------------------------------------------------------------------------------------------------- text
+
+    def image_to_text(
+        self,
+        pictures: Sequence[np.ndarray] | np.ndarray,
+        seed: int = 0,
+        sampling: configs.Sampling = GREEDY,
+        max_text: int = 96,
+    ) -> list[str]:
+        """Return a caption for each picture.
+
+        Args:
+          pictures: uint8 [h, w, 3] each, cropped to the model's square if need be, or codes uint16 [n].
+          max_text: Tokens at most; fewer where the model's row ends before.
+        """
+        found = [document.image_to_text(codes, self.vocab) for codes in self.encode(pictures)]
+        return self._spans(found, seed, sampling, max_text)
+
+    def infill_text(
+        self,
+        pictures: Sequence[np.ndarray] | np.ndarray,
+        captions: Sequence[str],
+        seed: int = 0,
+        sampling: configs.Sampling = GREEDY,
+        max_text: int = 96,
+    ) -> list[str]:
+        """Return each caption with words in the place of its one "<mask>", such as "a <mask> circle".
+
+        Args:
+          pictures, max_text: As for `image_to_text`.
+
+        Raises:
+          UserError: if a caption has no mask, or several, or is too long.
+        """
+        _same_length(pictures=pictures, captions=captions)
+        for caption in captions:
+            if caption.count(MASK) != 1:
+                raise UserError(f"caption {caption!r}: has {caption.count(MASK)} {MASK}; must have exactly one")
+        # A blank belongs to the word that follows it, as in the text tokenizer's pieces.
+        halves = [tuple(caption.replace(" " + MASK, MASK).split(MASK)) for caption in captions]
+        codes = self.encode(pictures)
+        found = [document.infill_text(*half, c, self.text, self.vocab) for half, c in zip(halves, codes, strict=True)]
+        spans = self._spans(found, seed, sampling, max_text)
+        return [before + span + after for (before, after), span in zip(halves, spans, strict=True)]
+
+    # ------------------------------------------------------------------------------------------------------ documents
+
+    def continue_document(
+        self,
+        parts: Sequence[Part] = (),
+        max_parts: int = 2,
+        seed: int = 0,
+        sampling: configs.Sampling = configs.Sampling(),
+        max_text: int = 96,
+        closed: bool = False,
+    ) -> list[Part]:
+        """Return a document that begins with `parts`: text, and pictures uint8 [h, w, 3].
+
+        Args:
+          parts: May be empty.
+          max_parts: New parts at most, beside the end of an unfinished text.
+          max_text: Tokens of a new text, or of the end of an unfinished one, at most.
+          closed: The last text is finished; else it may be continued.
+
+        Raises:
+          UserError: if the parts leave no room in the model's row.
+        """
+        fresh = closed or not len(parts)
+        if max_parts < fresh or max_text < 1:
+            raise UserError(f"max_parts = {max_parts}, max_text = {max_text}: must be at least 1")
+        codes = iter(self.encode([part for part in parts if not isinstance(part, str)]))
+        known = [part if isinstance(part, str) else next(codes) for part in parts]
+        prompt = document.continuation(known, self.text, self.vocab, closed)
+        mode = grammar.PART_START if fresh else grammar.TEXT_PART if isinstance(known[-1], str) else grammar.IMAGE_END
+        room = self._room([prompt], "the document", 2)
+        state = grammar.start([mode], left=max_text, room=room, parts=max_parts - fresh)
+        rules = grammar.documents(self.vocab, self.text.size, self.codes, max_text)
+        drawn = self._draw(rules, [prompt], state, decode.bucket(int(room[0])), seed, sampling)[0]
+        found = document.decode(np.concatenate([prompt.ids, drawn]), self.text, self.vocab)
+        return [
+            part if isinstance(part, str) else self._picture(part, parts[i : i + 1]) for i, part in enumerate(found)
+        ]
+
+    # --------------------------------------------------------------------------------------------------------- inside
+
+    def encode(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        """Return codes, uint16 [n, codes], of pictures uint8 [h, w, 3] of any size, or of codes themselves."""
+        if not len(pictures):
+            return np.zeros((0, self.codes), np.uint16)
+        if np.ndim(pictures[0]) == 1:
+            return np.array(pictures, np.uint16).reshape(len(pictures), self.codes)
+        return np.asarray(self.image.encode(np.stack([self._square(p) for p in pictures])))
+
+    def _picture(self, codes: np.ndarray, given: Sequence[Part]) -> np.ndarray:
+        """Return the picture of new codes, or the one that was given in this place."""
+        return self._square(given[0]) if given and np.ndim(given[0]) == 3 else self.image.decode(codes[None])[0]
+
+    def _square(self, picture: np.ndarray) -> np.ndarray:
+        side = self.image.resolution
+        if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
+            raise UserError(f"picture of shape {picture.shape}, {picture.dtype}: must be uint8 [height, width, 3]")
+        return files.crop(picture, side)
+
+    def _codes(self, prompts, counts: Sequence[int], seed: int, sampling) -> list[np.ndarray]:
+        """Return `counts[row]` codes for each prompt, those that it knows held."""
+        self._room(prompts, "the text", max(counts, default=0))
+        quarter = -(-self.codes // 4)
+        steps = -(-max(counts, default=1) // quarter) * quarter  # at most four programs, whatever the regions
+        state = grammar.start([grammar.CODES] * len(prompts), left=np.array(counts))
+        rules = grammar.pictures(self.vocab, self.text.size, self.codes)
+        drawn = self._draw(rules, prompts, state, steps, seed, sampling)
+        return [(ids.astype(np.int64) - self.vocab.image_start).astype(np.uint16) for ids in drawn]
+
+    def _spans(self, prompts, seed: int, sampling, max_text: int) -> list[str]:
+        """Return the text of one masked span for each prompt."""
+        if max_text < 1:
+            raise UserError(f"max_text = {max_text}: must be at least 1 token")
+        left = np.minimum(max_text, self._room(prompts, "the caption", 2) - 1)
+        state = grammar.start([grammar.SPAN_START] * len(prompts), left=left)
+        rules = grammar.captions(self.vocab, self.text.size, self.codes)
+        drawn = self._draw(rules, prompts, state, decode.bucket(max_text + 1), seed, sampling)
+        return [document.decode_text(ids[:-1], self.text, self.vocab) for ids in drawn]
+
+    def _room(self, prompts, what: str, needed: int) -> np.ndarray:
+        """Return how many tokens fit behind each prompt, int [n]."""
+        sizes = np.array([len(prompt.ids) for prompt in prompts], int)
+        limit = self.model.length - needed
+        for row in np.flatnonzero(sizes > limit):
+            over = sizes[row] - limit
+            raise UserError(
+                f"prompt {row}: {sizes[row]} tokens, but the model's row of {self.model.length} leaves {limit} before"
+                f" an answer of {needed}; shorten {what} by {over} tokens"
+            )
+        return self.model.length - sizes
+
+    def _draw(self, rules, prompts, state: grammar.State, steps: int, seed: int, sampling) -> list[np.ndarray]:
+        """Return the drawn ids of each prompt, in batches of one fixed size; the last is filled with rows long done."""
+        if not prompts:
+            return []
+        size = min(self.batch, 1 << (len(prompts) - 1).bit_length())
+        length = decode.bucket(max(len(ids) for p in prompts for ids in (p.ids, p.unconditional)))
+        drawn = []
+        for first in range(0, len(prompts), size):
+            rows = np.arange(first, first + size)
+            drawn += self._batch(rules, prompts, state, rows, length, steps, seed, sampling)
+        return drawn
+
+    def _batch(self, rules, prompts, state, rows: np.ndarray, length: int, steps: int, seed: int, sampling):
+        """Return the drawn ids of these rows; those beyond the last prompt are done before they begin."""
+        here = np.minimum(rows, len(prompts) - 1)
+        state = jax.tree.map(lambda x: x[here], state)
+        state = state._replace(mode=jnp.where(rows < len(prompts), state.mode, grammar.DONE))
+        chosen = [prompts[i] for i in here]
+        streams = [[p.ids for p in chosen], [p.unconditional for p in chosen]][: decode.streams(sampling)]
+        place = self.vocab, self.positions
+        out = decode.decode(
+            self.model,
+            rules,
+            decode.kind(sampling),
+            steps,
+            self.params,
+            decode.pad(streams, length, [[document.last_position(p, *place) for p in s] for s in streams]),
+            state,
+            decode.settings(sampling, rows),
+            _forced(chosen, steps),
+            rng.rows(rng.key(seed, "sample"), jnp.asarray(rows)),
+        )
+        ids, lengths = np.asarray(out.ids), np.asarray(out.lengths)
+        return [ids[i, : lengths[i]] for i in np.flatnonzero(rows < len(prompts))]
+
+
+def _forced(prompts, steps: int) -> np.ndarray:
+    """Return the ids that prompts hold, int32 [b, steps], -1 where they are free."""
+    forced = np.full((len(prompts), steps), -1, np.int32)
+    for row, prompt in zip(forced, prompts, strict=True):
+        row[: len(prompt.known)] = prompt.known
+    return forced
+
+
+def _same_length(**lists) -> None:
+    sizes = {name: len(value) for name, value in lists.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(", ".join(f"{n} {name}" for name, n in sizes.items()) + ": must be as many of each")

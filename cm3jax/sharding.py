@@ -1,0 +1,258 @@
+"""The device mesh, the one table of sharding rules, and the strict reading of it.
+
+A parameter is born with a logical name per dimension (`nn.with_logical_partitioning(init, ("embed", "mlp"))`); RULES
+says which mesh axes a name is split over. flax's own reading of such a table replicates an unknown name and drops a
+doubled mesh axis without a word, so it is not used: here both are errors, and so is a dimension that does not divide.
+
+The boxes that carry the names ride along in everything that is made from the parameters (optimizer state, EMA), so one
+walk over the abstract state finds every sharding; `unbox` then leaves plain arrays.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax.core import meta
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import cm3jax.config as configs
+import cm3jax.trees as trees
+from cm3jax.types import UserError
+
+AXES = ("replica", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "embed": ("fsdp",),  # the width of matrices: gathered layer by layer
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor", "fsdp"),  # never split a table over its width too: XLA then rematerialises the whole of it
+    "table_width": (),
+    "position": (),
+    "layer": (),
+    "conv_in": (),
+    "conv_out": (),
+    "norm": (),
+    # activations
+    "batch": ("replica", "fsdp"),
+    "seq": (),
+    "width": (),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    "vocab_out": ("tensor",),
+}
+"""Logical name of a dimension -> mesh axes that it is split over; () keeps it whole."""
+
+REPLICATED = frozenset({"conv_in", "conv_out", "norm"})
+"""Names of parameters that are meant to be whole on every device, however large."""
+
+REPLICATED_LIMIT = 2**22
+"""Scalars of the largest array that may be whole on every device of a mesh without such a name."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- mesh
+
+
+def mesh(config: configs.Mesh, devices=None) -> Mesh:
+    """Return the device mesh with axes replica, fsdp, tensor.
+
+    A mesh of fixed size smaller than the machine takes the first devices (of one process only).
+
+    Args:
+      config: Sizes; at most one is -1, for "what is left".
+      devices: Devices to use; None: all.
+
+    Raises:
+      UserError: if the sizes do not fit the devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _sizes(config, len(devices))
+    count = math.prod(sizes)
+    if count < len(devices) and len({d.process_index for d in devices}) > 1:
+        raise UserError(f"mesh {_text(sizes)} leaves out devices of other hosts: {len(devices)} devices; set one to -1")
+    types = (AxisType.Auto,) * len(AXES)  # make_mesh's default, Explicit, is not for linen modules
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+
+
+def _sizes(config: configs.Mesh, count: int) -> tuple[int, ...]:
+    """Return the three sizes with -1 resolved."""
+    sizes = [getattr(config, name) for name in AXES]
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise UserError(f"mesh {_text(sizes)}: sizes must be at least 1, and one of them at most -1 (what is left)")
+    fixed = math.prod(s for s in sizes if s != -1)
+    if fixed > count or (-1 in sizes and count % fixed):
+        raise UserError(f"mesh {_text(sizes)} does not fit {count} devices; change --mesh.replica, .fsdp or .tensor")
+    return tuple(count // fixed if s == -1 else s for s in sizes)
+
+
+def _text(sizes) -> str:
+    return " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- specs
+
+
+def spec(names, where: str = "") -> PartitionSpec:
+    """Return the partition spec of an array whose dimensions have these logical names (None: kept whole).
+
+    Raises:
+      ValueError: on a name that RULES lacks, or a mesh axis that would split two dimensions.
+    """
+    unknown = [n for n in names if n is not None and n not in RULES]
+    if unknown:
+        raise ValueError(f"{_at(where)}unknown logical axis {unknown[0]!r}; sharding.RULES has {', '.join(RULES)}")
+    axes = [RULES[n] if n is not None else () for n in names]
+    flat = [a for dimension in axes for a in dimension]
+    doubled = sorted({a for a in flat if flat.count(a) > 1})
+    if doubled:
+        raise ValueError(f"{_at(where)}axes {tuple(names)} split two dimensions over the mesh axis {doubled[0]!r}")
+    return PartitionSpec(*((a[0] if len(a) == 1 else a) if a else None for a in axes))
+
+
+def fit(mesh, names, shape, where: str = "") -> PartitionSpec:
+    """Return `spec(names)` checked against a shape and the sizes of a mesh (concrete or abstract).
+
+    Raises:
+      ValueError: as `spec`, or if there is not one name per dimension.
+      UserError: if a dimension does not divide by its mesh axes. Nothing is ever left whole instead.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"{_at(where)}{len(names)} axis names {tuple(names)} for shape {tuple(shape)}")
+    found = spec(names, where)
+    for i, (name, size) in enumerate(zip(names, shape, strict=True)):
+        ways = _ways(mesh, found[i])
+        if size % ways:
+            raise UserError(
+                f"{_at(where)}dimension {i} ({name}) of shape {tuple(shape)} is {size}, not a multiple of the"
+                f" {ways} parts that mesh axes {found[i]} split it into; change the size or the mesh"
+            )
+    return found
+
+
+def _ways(mesh, part) -> int:
+    """Return into how many pieces one entry of a partition spec splits its dimension."""
+    axes = (part,) if isinstance(part, str) else (part or ())
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def constrain(x, *names):
+    """Pin the layout of an activation to the table's; the array unchanged where no mesh is set.
+
+    Args:
+      x: Array with one dimension per name.
+      names: Logical names; None keeps a dimension whole.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    if current.empty:
+        spec(names)  # a typo must not wait for the pod
+        return x
+    return jax.lax.with_sharding_constraint(x, fit(current, names, x.shape, "activation"))
+
+
+# --------------------------------------------------------------------------------------------------- trees with names
+
+
+def is_box(x) -> bool:
+    """Tell whether x is linen's box of a value and its logical names."""
+    return isinstance(x, meta.Partitioned)
+
+
+def unbox(tree):
+    """Return the tree with every box replaced by its value."""
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def names(tree):
+    """Return the tree with every box replaced by its tuple of logical names, and every other leaf by None."""
+    return jax.tree.map(lambda x: tuple(x.names) if is_box(x) else None, tree, is_leaf=is_box)
+
+
+def shardings(mesh: Mesh, abstract: Any, strict: str = "params"):
+    """Return the sharding of every leaf, in the structure of `unbox(abstract)`.
+
+    Args:
+      mesh: From `mesh`.
+      abstract: Tree of shapes, boxed where they have names, as `jax.eval_shape` gives of an initializer.
+      strict: Arrays under this top-level entry must have names ("": all of the tree).
+
+    Raises:
+      ValueError: naming the leaf, as `spec`, or for an array under `strict` that has no names.
+      UserError: naming the leaf, if a dimension does not divide or a large array would be whole on every device.
+    """
+
+    def one(path, leaf):
+        where = trees.path_name(path)
+        if not is_box(leaf):
+            return _unnamed(mesh, leaf, where, not strict or where.split("/")[0] == strict)
+        return jax.tree.map(lambda x: _named(mesh, leaf.names, x, where), leaf.value)
+
+    return jax.tree_util.tree_map_with_path(one, abstract, is_leaf=is_box)
+
+
+def _named(mesh, names, leaf, where) -> NamedSharding:
+    found = fit(mesh, names, leaf.shape, where)
+    if not REPLICATED & set(names):
+        _refuse_replicated(mesh, found, leaf, where)
+    return NamedSharding(mesh, found)
+
+
+def _unnamed(mesh, leaf, where, strict) -> NamedSharding:
+    if strict and leaf.ndim:
+        raise ValueError(
+            f"{where}: shape {tuple(leaf.shape)} has no axis names; wrap its initializer in"
+            " nn.with_logical_partitioning(init, names)"
+        )
+    _refuse_replicated(mesh, PartitionSpec(), leaf, where)
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _refuse_replicated(mesh, found, leaf, where) -> None:
+    """Raise if a large array would be copied onto every device of a mesh that could split it."""
+    splits = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    size = math.prod(leaf.shape)
+    if splits > 1 and size > REPLICATED_LIMIT and all(_ways(mesh, p) == 1 for p in found):
+        raise UserError(
+            f"{where}: {size} scalars of shape {tuple(leaf.shape)} would be whole on each of {mesh.size} devices"
+            f" (limit {REPLICATED_LIMIT}); name its axes so that fsdp or tensor splits one"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch: dimension 0 over replica and fsdp."""
+    return NamedSharding(mesh, spec(("batch",)))
+
+
+def place(mesh: Mesh, batch, size: int | None = None):
+    """Return this host's rows of a batch as global arrays.
+
+    Args:
+      mesh: From `mesh`.
+      batch: Tree of numpy arrays [size / hosts, ...]: the rows of this host.
+      size: Rows of the global batch; None: what the hosts bring.
+
+    Raises:
+      UserError: if the rows do not divide over the mesh, or this host brings a wrong number of them.
+    """
+    size = len(jax.tree.leaves(batch)[0]) * jax.process_count() if size is None else size
+    ways = _ways(mesh, RULES["batch"])
+    if size % ways:
+        raise UserError(f"batch = {size} rows: not a multiple of the {ways} devices that share it (replica x fsdp)")
+    local = size // jax.process_count()
+
+    def one(path, x):
+        x = np.asarray(x)
+        if x.ndim == 0 or x.shape[0] != local:
+            raise UserError(f"batch/{trees.path_name(path)}: shape {x.shape}, expected {local} rows of {size} per host")
+        return jax.make_array_from_process_local_data(rows(mesh), x, (size, *x.shape[1:]))
+
+    return jax.tree_util.tree_map_with_path(one, batch)

@@ -1,0 +1,245 @@
+"""Documents <-> ids in the one id space, and the prompts (arXiv 2309.02591 §2.2, §3).
+
+A document's ids are its parts joined by <break>, without [eod]s: `text <break> IMG`. Packing frames it as
+`[eod] text <break> IMG [eod]`. Every prompt is a prefix of what masking a framed document yields, its unconditional
+stream too; `kinds` says of which, and `tests/test_prompts.py` holds both. Imports no jax.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from cm3jax.tokenizers.text import Tokenizer
+from cm3jax.types import UserError
+from cm3jax.vocab import BREAK, EOD, EOSS, Vocab
+
+Part = str | np.ndarray
+"""Text, or integer image codes [n], 0-based."""
+
+
+def encode(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab) -> np.ndarray:
+    """Return the ids of a document, uint16 [n], without [eod]s; `decode` gives the parts back.
+
+    Raises:
+      UserError: if there is no part, a picture has no codes or codes out of range, or the tokenizer is too large.
+    """
+    if not len(parts):
+        raise UserError("a document without parts; give it at least one text or picture")
+    pieces = []
+    for part in parts:
+        pieces += [[BREAK], text_ids(part, tokenizer, vocab) if isinstance(part, str) else image_ids(part, vocab)]
+    return np.concatenate(pieces[1:]).astype(np.uint16)
+
+
+def text_ids(text: str, tokenizer: Tokenizer, vocab: Vocab) -> np.ndarray:
+    """Return the ids of a text, uint16 [n]."""
+    if tokenizer.size > vocab.text:
+        raise UserError(f"vocab.text = {vocab.text}: the text tokenizer has {tokenizer.size} entries; raise vocab.text")
+    return (np.array(tokenizer.encode(text), np.int64) + vocab.text_start).astype(np.uint16)
+
+
+def image_ids(codes: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """Return the ids of image codes [n] (row-major), uint16 [n]."""
+    codes = np.asarray(codes)
+    if codes.ndim != 1 or not len(codes) or codes.dtype.kind not in "iu":
+        raise UserError(f"image codes of shape {codes.shape}, {codes.dtype}: must be whole numbers [n], n at least 1")
+    if codes.min() < 0 or codes.max() >= vocab.image:
+        raise UserError(f"image codes {codes.min()} to {codes.max()}: must be 0 to vocab.image - 1 = {vocab.image - 1}")
+    return (codes.astype(np.int64) + vocab.image_start).astype(np.uint16)
+
+
+def decode(ids: np.ndarray, tokenizer: Tokenizer, vocab: Vocab) -> list[Part]:
+    """Return the parts of one document, with or without its [eod]s: str, or uint16 codes [n].
+
+    Text ids that the tokenizer does not fill, which a model may draw, become U+FFFD.
+
+    Raises:
+      ValueError: if a part mixes text and codes, or an id is a marker of the mask (unmask first).
+    """
+    ids = np.asarray(ids, np.int64)
+    if len(ids) and ids[0] == EOD:
+        ids = ids[1:]
+    if len(ids) and ids[-1] == EOD:
+        ids = ids[:-1]
+    return [decode_part(part, tokenizer, vocab) for part in np.split(ids, np.flatnonzero(ids == BREAK))]
+
+
+def decode_part(ids: np.ndarray, tokenizer: Tokenizer, vocab: Vocab) -> Part:
+    """Return the text or the codes of one stretch; a <break> that opens it is left out."""
+    ids = ids[1:] if len(ids) and ids[0] == BREAK else ids
+    if len(ids) and vocab.is_image(ids).all():
+        return (ids - vocab.image_start).astype(np.uint16)
+    if not vocab.is_text(ids).all():
+        wrong = int(ids[~vocab.is_text(ids)][0])
+        raise ValueError(f"{vocab.name(wrong)} in a text part")
+    return decode_text(ids, tokenizer, vocab)
+
+
+def decode_text(ids: np.ndarray, tokenizer: Tokenizer, vocab: Vocab) -> str:
+    """Return the text of ids [n]; unfilled entries of the vocabulary become U+FFFD."""
+    pieces = np.asarray(ids, np.int64) - vocab.text_start
+    holes = np.flatnonzero(pieces >= tokenizer.size)
+    runs = np.split(pieces, holes)
+    texts = [tokenizer.decode(run.tolist()) for run in (runs[0], *(run[1:] for run in runs[1:]))]
+    return "\ufffd".join(texts)
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What to condition on, in ids.
+
+    Attributes:
+      kind: Its name, one of `KINDS`.
+      ids: uint16 [n].
+      unconditional: uint16 [m], the stream of guidance: the same task without what the user asked for.
+      produces: "image": codes; "text": text up to `stop`; "document": parts, breaks and at last [eod].
+      stop: The id that ends the answer.
+      known: int64 [k], infill_image only: the id of each of the k codes to come that is held, -1 where it is drawn.
+    """
+
+    kind: str
+    ids: np.ndarray
+    unconditional: np.ndarray
+    produces: str
+    stop: int
+    known: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def join(*pieces) -> np.ndarray:
+    """Return single ids and arrays of ids end to end, uint16 [n]."""
+    return np.concatenate([np.atleast_1d(p) for p in pieces]).astype(np.uint16)
+
+
+def text_to_image(text: str, tokenizer: Tokenizer, vocab: Vocab) -> Prompt:
+    """`[eod] text <break>`, then one picture and [eod]. Unconditional: `[eod] <sentinel:0> <break>`."""
+    ids = join(EOD, text_ids(text, tokenizer, vocab), BREAK)
+    return Prompt("text_to_image", ids, join(EOD, vocab.sentinel(0), BREAK), "image", EOD)
+
+
+def last_position(ids: np.ndarray, vocab: Vocab, positions: str) -> int:
+    """Return the position of a prompt's last id, under `Packing.positions`.
+
+    With "place", a sentinel that opens a span at the end has the position of the one that it left in its place.
+    """
+    resumes = positions == "place" and vocab.is_sentinel(ids[-1])
+    return int(np.argmax(ids == ids[-1])) if resumes else len(ids) - 1
+
+
+def unconditional(vocab: Vocab) -> Prompt:
+    """`[eod] <sentinel:0> <break>`, then one picture and [eod]."""
+    ids = join(EOD, vocab.sentinel(0), BREAK)
+    return Prompt("unconditional", ids, ids, "image", EOD)
+
+
+def image_to_text(codes: np.ndarray, vocab: Vocab) -> Prompt:
+    """`[eod] <sentinel:0> <break> IMG [eod] <sentinel:0>`, then the caption and <eoss>.
+
+    Unconditional: a caption of no picture in particular, `[eod] <sentinel:0> <break> <sentinel:1> [eod] <sentinel:0>`.
+    """
+    first, second = vocab.sentinel(0), vocab.sentinel(1)
+    ids = join(EOD, first, BREAK, image_ids(codes, vocab), EOD, first)
+    return Prompt("image_to_text", ids, join(EOD, first, BREAK, second, EOD, first), "text", EOSS)
+
+
+def infill_text(before: str, after: str, codes: np.ndarray, tokenizer: Tokenizer, vocab: Vocab) -> Prompt:
+    """`[eod] before <sentinel:0> after <break> IMG [eod] <sentinel:0>`, then the missing words and <eoss>.
+
+    Blanks belong to the word that follows: `after` keeps its leading one.
+
+    Unconditional: that of `image_to_text`. It sees neither the picture nor the words around the gap, hence guidance
+    pulls towards both; masking a part of the caption and the picture together is too rare in training to lean on.
+    """
+    whole = image_to_text(codes, vocab)
+    if not before and not after:
+        return whole
+    first = vocab.sentinel(0)
+    text = join(EOD, text_ids(before, tokenizer, vocab), first, text_ids(after, tokenizer, vocab), BREAK)
+    ids = join(text, image_ids(codes, vocab), EOD, first)
+    return Prompt("infill_text", ids, whole.unconditional, "text", EOSS)
+
+
+def infill_image(text: str, codes: np.ndarray, region: np.ndarray, tokenizer: Tokenizer, vocab: Vocab) -> Prompt:
+    """`[eod] text <break> codes[:first] <sentinel:0> codes[last + 1:] [eod] <sentinel:0>`, then the span and <eoss>.
+
+    The region is infilled as ONE span, from its first to its last code in reading order; the codes of that stretch
+    that lie outside the region come back in `known`, to be held while decoding.
+
+    Unconditional: `[eod] <sentinel:0> <break> codes[:first]`, then the same codes. Masking the caption as well would
+    put `<sentinel:0> caption <eoss>` before the region's span, which would show the caption; so this stream draws the
+    region causally. It sees neither the text nor what follows the region, hence guidance pulls towards both.
+
+    Args:
+      codes: [n] the picture's codes; those inside the region are not looked at.
+      region: bool [n], true where a code is to be drawn.
+    """
+    ids, region = image_ids(codes, vocab), np.asarray(region, bool).reshape(-1)
+    if len(region) != len(ids) or not region.any():
+        raise UserError(f"region of {region.sum()} codes out of {len(region)}: must mark one of {len(ids)} codes")
+    first, last = np.flatnonzero(region)[[0, -1]]
+    sentinel = vocab.sentinel(0)
+    start = join(EOD, text_ids(text, tokenizer, vocab), BREAK)
+    prompt = join(start, ids[:first], sentinel, ids[last + 1 :], EOD, sentinel)
+    without = join(EOD, sentinel, BREAK, ids[:first])
+    known = np.where(region, -1, ids.astype(np.int64))[first : last + 1]
+    return Prompt("infill_image", prompt, without, "image", EOSS, known)
+
+
+def continuation(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab, closed: bool = False) -> Prompt:
+    """`[eod] part <break> part ...`, then more text and pictures up to [eod].
+
+    Unconditional: every finished text is masked, `[eod] <sentinel:0> <break> IMG ...`; an unfinished one stays.
+
+    Args:
+      parts: May be empty: a document from nothing.
+      closed: The last part is finished: a <break> follows it. A picture is always whole.
+    """
+    ids, without, masked = [EOD], [EOD], 0
+    for i, part in enumerate(parts):
+        end = [BREAK] if closed or i < len(parts) - 1 else []
+        here = text_ids(part, tokenizer, vocab) if isinstance(part, str) else image_ids(part, vocab)
+        ids += [here, end]
+        hidden = isinstance(part, str) and end and len(here)
+        without += [vocab.sentinel(masked) if hidden else here, end]
+        masked += bool(hidden)
+    return Prompt("continuation", join(*ids), join(*without), "document", EOD)
+
+
+# ------------------------------------------------------------------------------- what a masked document is a prefix of
+
+KINDS = {
+    "continuation": "E[^S]*E$",
+    "text_to_image": "ET?BIE",
+    "unconditional": "ESBIE",
+    "image_to_text": "ESBIES",
+    "image_to_text.unconditional": "ESBSES",
+    "infill_text": "E(TST?|ST)BIES",
+    "infill_image": "ET?B(ISI?|SI?)ES",
+}
+"""Prompt kind -> what a masked document looks like that begins with such a prompt and its answer.
+
+E [eod], B <break>, S sentinel, X <eoss>, T and I runs of text and codes. The unconditional streams are "unconditional"
+for pictures and "image_to_text.unconditional" for text. A picture's answer must be whole, so `text_to_image` asks for
+the [eod] behind it.
+"""
+
+
+def skeleton(ids: np.ndarray, vocab: Vocab) -> str:
+    """Return one letter per special token and per run of text or codes (see `KINDS`)."""
+    ids = np.asarray(ids, np.int64)
+    ranges = [vocab.text_start, vocab.image_start, vocab.sentinel_start, vocab.used]
+    letters = np.where(ids < vocab.text_start, ids, EOSS + np.searchsorted(ranges, ids, "right"))
+    run = (letters == EOSS + 1) | (letters == EOSS + 2)
+    first = np.ones(len(ids), bool)
+    first[1:] = (letters[1:] != letters[:-1]) | ~run[1:]
+    return "".join("PEBXTIS?"[i] for i in letters[first])
+
+
+def kinds(ids: np.ndarray, vocab: Vocab) -> list[str]:
+    """Return the prompt kinds that a masked document, framed by [eod]s, teaches."""
+    text = skeleton(ids, vocab)
+    return [kind for kind, pattern in KINDS.items() if re.match(pattern, text)]

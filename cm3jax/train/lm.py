@@ -1,0 +1,63 @@
+"""The decoder as a task of the training loop (arXiv 2309.02591 §2.2-2.3)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cm3jax import config as configs
+from cm3jax import optim
+from cm3jax.nn import decoder
+from cm3jax.objectives import lm
+from cm3jax.train import state as states
+from cm3jax.vocab import Vocab
+
+MODALITIES = ("text", "image", "infill")
+"""Names of the values 0, 1, 2 of a batch's "modality"; infill is the moved part of a masked span."""
+
+
+def model(stage: configs.DecoderStage, vocab: Vocab) -> decoder.Decoder:
+    """Return the network that a stage trains."""
+    return decoder.Decoder(stage.model, vocab.size, stage.packing.length)
+
+
+def task(stage: configs.DecoderStage, vocab: Vocab) -> states.Task:
+    """Return how the decoder starts, steps and is evaluated. Batches are `data.pipeline`'s: [b, t] arrays."""
+    net, training = model(stage, vocab), stage.training
+    shapes = jax.eval_shape(lambda key: decoder.init(net, key), jax.random.key(0))
+    optimizer = optim.make(training.optimizer, training.steps, shapes)
+
+    def init(key):
+        params = decoder.init(net, key)
+        return states.create(params, optimizer, {"ema": params} if training.ema else {})
+
+    def step(state, batch, key):
+        loss = lambda params, batch, key: losses(net, stage, params, batch)  # noqa: E731
+        gradients, metrics = states.gradients(loss, state.params, batch, key, training.accumulate)
+        metrics["gradient_norm"] = (optax.global_norm(gradients), jnp.float32(1))
+        state = states.update(state, gradients, optimizer)
+        if training.ema:
+            ema = states.average(state.extra["ema"], state.params, training.ema, state.step)
+            state = state.replace(extra={"ema": ema})
+        return state, metrics
+
+    def evaluate(state, batch):
+        params = state.extra["ema"] if training.ema else state.params
+        return losses(net, dataclasses.replace(stage, z_loss=0.0), params, batch)[1]
+
+    return states.Task(init, step, evaluate)
+
+
+def losses(net: decoder.Decoder, stage: configs.DecoderStage, params, batch):
+    """Return ((Σ w·nll + z-loss, Σ w), metrics) of a batch; nll in nats per token, by modality too."""
+    hidden, _ = net.apply({"params": params}, batch["inputs"], batch["positions"], batch["segments"])
+    nll, log_z = lm.token_losses(params, stage.model, hidden, batch["targets"], stage.loss_chunk)
+    w = batch["weights"]
+    total = jnp.sum(w * (nll + stage.z_loss * jnp.square(log_z)))
+    metrics = {"loss": (jnp.sum(w * nll), jnp.sum(w))}
+    for i, name in enumerate(MODALITIES):
+        own = w * (batch["modality"] == i)
+        metrics[f"loss_{name}"] = (jnp.sum(own * nll), jnp.sum(own))
+    metrics["tokens"] = (jnp.sum(batch["segments"] > 0).astype(jnp.float32), jnp.float32(1))
+    return (total, jnp.sum(w)), jax.lax.stop_gradient(metrics)

@@ -1,0 +1,18 @@
+"""CM3Leon 7B: arXiv 2309.02591 table 3; 6,726,615,040 parameters.
+
+    cm3jax run configs/cm3leon/7b.py --data SOURCE --out runs/7b
+
+The paper: 512 accelerators, batch 8M tokens, 2.4T tokens. Not run here: no weights and no such data are public.
+"""
+
+from cm3jax.config import Decoder, DecoderStage, Mask, Optimizer, Packing, Recipe, Training
+
+config = Recipe(
+    name="cm3leon-7b",
+    decoder=DecoderStage(
+        model=Decoder(layers=32, width=4096, heads=32),
+        packing=Packing(kind="chop", length=4096),
+        mask=Mask(spans=1.0, rotate=0.5),
+        training=Training(steps=286_000, batch=2048, optimizer=Optimizer(peak_lr=1.2e-4, warmup=1500), save_every=1000),
+    ),
+)

@@ -1,0 +1,28 @@
+"""The harder level of the embedded world: free places, relations, stripes, drawn words; one larger model, 64 px.
+
+    cm3jax run configs/scenes.py
+
+Meant for at most three hours on two CPU cores. Not yet run to its end: RESULTS.md says what is measured.
+"""
+
+import dataclasses
+import pathlib
+
+from cm3jax import config as configs
+
+quickstart = configs.load(pathlib.Path(__file__).with_name("quickstart.py"))
+change = dataclasses.replace
+
+config = change(
+    quickstart,
+    name="scenes",
+    vocab=configs.Vocab(text=1024, image=1024, sentinels=16, multiple=64),
+    prepare=change(quickstart.prepare, source="scenes:full", count=60_000),
+    image=change(quickstart.image, training=change(quickstart.image.training, steps=4000)),
+    decoder=change(
+        quickstart.decoder,
+        model=change(quickstart.decoder.model, layers=6, width=192, heads=6),
+        packing=change(quickstart.decoder.packing, length=192),
+        training=change(quickstart.decoder.training, steps=12_000),
+    ),
+)

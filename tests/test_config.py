@@ -1,0 +1,115 @@
+import dataclasses
+import json
+import pathlib
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from cm3jax import config
+from cm3jax.types import UserError
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").rglob("*.py"))
+
+
+def test_a_recipe_survives_json():
+    recipe = config.Recipe(name="x", evaluate=config.Evaluate(draw=(config.Sampling(top_k=3),)))
+    assert config.from_json(config.Recipe, json.loads(json.dumps(config.to_json(recipe)))) == recipe
+
+
+@hypothesis.given(st.floats(0.0, 1.0), st.integers(1, 10**6), st.sampled_from(["adamw", "muon"]))
+def test_any_training_survives_json(rate, steps, name):
+    training = config.Training(steps=steps, optimizer=config.Optimizer(name=name, peak_lr=rate))
+    assert config.from_json(config.Training, json.loads(json.dumps(config.to_json(training)))) == training
+
+
+def test_missing_fields_take_their_defaults():
+    assert config.from_json(config.Recipe, {"name": "x"}) == config.Recipe(name="x")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"decoder": {"training": {"stps": 3}}}, "decoder.training: unknown field 'stps'; known: steps"),
+        ({"decoder": {"training": {"steps": "3"}}}, 'decoder.training.steps = "3": expected int'),
+        ({"decoder": {"training": {"steps": True}}}, "decoder.training.steps = true: expected int"),
+        ({"decoder": {"training": {"steps": 1.5}}}, "decoder.training.steps = 1.5: expected int"),
+        ({"decoder": {"packing": {"isolate": 1}}}, "decoder.packing.isolate = 1: expected bool"),
+        ({"decoder": {"model": {"norm": "batch"}}}, "decoder.model.norm = 'batch': must be one of 'layernorm'"),
+        ({"decoder": []}, "decoder: expected an object"),
+        ({"image": {"model": {"attention": 3}}}, "image.model.attention: expected a list"),
+        ({"image": {"model": {"attention": ["x"]}}}, 'image.model.attention[0] = "x": expected int'),
+        ({"decoder": {"model": {"width": 30, "heads": 4}}}, "decoder.model.width = 30 is not a multiple of heads = 4"),
+        ({"vocab": {"image": 0}}, "vocab.image = 0: must be at least 1"),
+        ({"vocab": {"image": 60000}}, "more than the 65536"),
+        ([], "Recipe: expected an object, found []"),
+    ],
+)
+def test_wrong_json_names_the_field(data, message):
+    with pytest.raises(UserError) as caught:
+        config.from_json(config.Recipe, data)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_number_is_a_float_too():
+    assert config.from_json(config.Optimizer, {"peak_lr": 1}).peak_lr == 1.0
+
+
+def test_a_digest_sees_every_field():
+    base = config.digest(config.Recipe())
+    assert base == config.digest(config.Recipe())
+    assert base != config.digest(dataclasses.replace(config.Recipe(), text=config.Text(seed=1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.py", None, "no such file"),
+        ("a.py", "x = 1\n", "must bind `config` to a cm3jax.config.Recipe, found NoneType"),
+        ("a.py", "config = 3\n", "found int"),
+        ("a.py", "config = (\n", "SyntaxError"),
+        ("a.py", "import nothing_of_this_name\n", "ModuleNotFoundError"),
+        ("a.py", "from cm3jax.config import Recipe\nconfig = Recipe(nme='x')\n", "nme"),
+        ("a.json", "{", "not JSON"),
+        ("a.json", '{"nme": 1}', "unknown field 'nme'"),
+        ("a.json", "[]", "expected an object"),
+    ],
+)
+def test_a_wrong_config_file_gives_one_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        config.load(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_says_what_it_is(path):
+    assert config.load(path).name != "unnamed"
+    assert path.read_text().startswith('"""')
+
+
+def test_there_are_configs():
+    assert {"quickstart", "tiny", "7b"} <= {path.stem for path in CONFIGS}
+
+
+def test_the_config_that_json_holds_is_the_one_that_python_holds(tmp_path):
+    recipe = config.load(CONFIGS[0])
+    (tmp_path / "recipe.json").write_text(json.dumps(config.to_json(recipe)))
+    assert config.load(tmp_path / "recipe.json") == recipe
+
+
+def fields(cls, where=""):
+    for field in dataclasses.fields(cls):
+        yield f"{where}{field.name}", field
+        if dataclasses.is_dataclass(field.type):
+            yield from fields(field.type, f"{where}{field.name}.")
+
+
+def test_every_setting_has_a_default():
+    missing = dataclasses.MISSING
+    for name, field in fields(config.Recipe):
+        assert field.default is not missing or field.default_factory is not missing, name

@@ -1,0 +1,192 @@
+import html.parser
+import json
+
+import fake_run
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from cm3jax import curves, report
+from cm3jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = fake_run.make(tmp_path_factory.mktemp("run"))
+    report.write(run)
+    return run
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a page holds: text, addresses, tag names; fails on tags that do not match."""
+
+    EMPTY = frozenset(("meta", "img", "br", "circle"))
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text, self.addresses, self.tags, self.open = "", [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "poster")]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def page(run) -> Page:
+    return Page((run / "report.html").read_text())
+
+
+def test_the_page_needs_nothing_but_itself(run):
+    found = page(run)
+    assert found.addresses and all(a.startswith("data:image/png;base64,") for a in found.addresses)
+    assert not {"script", "link", "iframe", "object"} & set(found.tags)
+    assert "url(" not in (run / "report.html").read_text() and "@import" not in (run / "report.html").read_text()
+
+
+def test_every_example_is_shown_once_in_each_sheet(run):
+    assert page(run).tags.count("img") == 16 * (1 + 1 + 3 + 2)
+
+
+def test_the_wrong_ones_are_marked_as_wrong(run):
+    examples = json.loads((run / "evaluate" / "examples.json").read_text())
+    wrong = sum(e.get("correct") is False for sheet in examples.values() for e in sheet)
+    text = (run / "report.html").read_text()
+    assert wrong == 9 and text.count('<figure class="wrong">') == text.count(">wrong</span>") == wrong
+
+
+def test_the_figures_are_on_the_page(run):
+    text = page(run).text
+    for shown in ("0.913", "0.801", "0.210", "0.971", "28.20", "0.998", "302", "12.50", "scenes:easy", "9 min 9 s"):
+        assert shown in text, shown
+
+
+def test_the_chosen_setting_is_marked(run):
+    text = " ".join(page(run).text.split())
+    assert "temperature 0.5, guidance 1.5 ← chosen" in text and text.count("← chosen") == 1
+
+
+def test_captions_are_shown_as_they_are_and_never_as_markup(run):
+    assert "<0> & nothing else" in page(run).text
+    assert "<0> & nothing" not in (run / "report.html").read_text()
+
+
+def test_each_curve_has_a_training_and_a_validation_line(run):
+    text = (run / "report.html").read_text()
+    assert text.count("<svg") == text.count('<g class="train">') == text.count('<g class="validation">') == 5
+
+
+def test_recipe_and_versions_are_in_the_fold_out(run):
+    text = page(run).text
+    assert '"source": "scenes:easy"' in text and "jax 0." in text
+
+
+def test_a_run_without_ground_truth_has_a_page_without_accuracies(tmp_path):
+    run = fake_run.make(tmp_path, truth=False)
+    report.write(run)
+    text = page(run).text
+    assert "Perplexity: captions" in text and "objects" not in text and "wrong" not in text
+    assert (run / "samples.png").stat().st_size
+
+
+def test_a_run_without_examples_or_curves_still_has_a_page(tmp_path):
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "examples.json").write_text("{}")
+    (tmp_path / "report.json").write_text('{"name": "bare"}')
+    report.write(tmp_path)
+    assert "bare" in page(tmp_path).text
+
+
+def test_the_sheet_holds_every_picture_enlarged_by_a_whole_number(run):
+    sheet = np.asarray(Image.open(run / "samples.png"))
+    look = report.Look()
+    top = 2 * look.gap + look.head
+    first = sheet[top : top + 256 : 4, look.gap : look.gap + 256 : 4]
+    np.testing.assert_array_equal(first, np.asarray(fake_run.picture(0)))
+    assert sheet.shape[1] == look.gap + look.columns * (look.side + look.gap)
+
+
+def test_the_sheet_frames_wrong_pictures_only(run):
+    sheet = np.asarray(Image.open(run / "samples.png"))
+    look = report.Look()
+    red = tuple(bytes.fromhex(look.wrong[1:]))
+    y = 2 * look.gap + look.head + 40
+    framed = [tuple(sheet[y, look.gap + i * (look.side + look.gap) - 2]) == red for i in range(4)]
+    assert framed == [False, False, False, True]
+
+
+def test_wrapped_text_loses_no_word_and_stays_in_its_width():
+    font, text = ImageFont.load_default(15), "one two three four five six seven eight nine ten"
+    lines = report.wrap(text, font, 90)
+    assert " ".join(lines) == text and len(lines) > 1 and all(font.getlength(line) <= 90 for line in lines)
+
+
+def test_text_that_is_too_long_ends_with_an_ellipsis():
+    font = ImageFont.load_default(15)
+    lines = report.wrap("word " * 200, font, 90, most=3)
+    assert len(lines) == 3 and lines[-1].endswith("…")
+    (line,) = report.wrap("x" * 200, font, 90)
+    assert line.endswith("…") and font.getlength(line) <= 90
+
+
+@pytest.mark.parametrize("size", [(300, 200), (64, 64), (7, 5), (256, 256), (1000, 3)])
+def test_pictures_fit_the_sheet(size):
+    assert max(report.enlarge(Image.new("RGB", size), 256).size) <= 256
+
+
+def test_a_run_that_was_not_evaluated_is_named_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="report.json: no such file; make it with: cm3jax evaluate"):
+        report.write(tmp_path)
+
+
+def test_a_broken_report_is_named_in_one_line(tmp_path):
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(UserError, match="report.json: not readable"):
+        report.write(tmp_path)
+
+
+def test_a_missing_picture_is_named_in_one_line(tmp_path):
+    run = fake_run.make(tmp_path, n=2)
+    (run / "evaluate" / "infilled-001.png").unlink()
+    with pytest.raises(UserError, match=r"infilled-001\.png: No such file"):
+        report.write(run)
+
+
+@pytest.mark.parametrize("low,high", [(0, 1), (-3, 7), (0, 167_000), (1.1, 6.9), (0.931, 0.934), (0, 7)])
+def test_ticks_are_round_few_and_inside(low, high):
+    found = curves.ticks(low, high)
+    assert 2 <= len(found) <= 6 and min(found) >= low - 1e-9 and max(found) <= high + 1e-9
+
+
+def test_a_chart_stands_even_a_single_or_constant_value():
+    for points in ([(100, 2.5)], [(1, 3.0), (2, 3.0)], [(0, 0.0)]):
+        assert "nan" not in curves.svg("chart", [curves.Line("train", points), curves.Line("validation", [])])
+
+
+def test_a_line_is_thinned_to_means_of_neighbours():
+    points = curves.thin([(float(i), float(i % 2)) for i in range(1000)], most=100)
+    assert len(points) == 100 and all(y == 0.5 for _, y in points)
+
+
+def test_values_that_are_not_finite_are_left_out_of_curves():
+    lines = [{"step": 1, "train/loss": float("nan")}, {"step": 2, "train/loss": 1.0}, {"step": 3}]
+    assert curves.series(lines, "train/loss") == [(2, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "value,shown", [(99.99, "100.0 s"), (4.21, "4.2 s"), (538, "8 min 58 s"), (8000, "2 h 13 min")]
+)
+def test_durations_read_well(value, shown):
+    assert report.duration(value) == shown

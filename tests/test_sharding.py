@@ -1,0 +1,188 @@
+"""The mesh, the rules table and its strict reading."""
+
+import os
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from cm3jax import config as configs
+from cm3jax import sharding
+from cm3jax.types import UserError
+
+P = PartitionSpec
+
+
+def box(shape, *names):
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.mesh(configs.Mesh(2, 2, 2))
+
+
+def test_minus_one_takes_the_devices_that_are_left():
+    assert dict(sharding.mesh(configs.Mesh(2, -1, 2)).shape) == {"replica": 2, "fsdp": 2, "tensor": 2}
+    assert dict(sharding.mesh(configs.Mesh()).shape) == {"replica": 1, "fsdp": 8, "tensor": 1}
+    assert dict(sharding.mesh(configs.Mesh(), jax.devices()[:1]).shape) == {"replica": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_a_mesh_of_fixed_size_takes_the_first_devices():
+    assert list(sharding.mesh(configs.Mesh(1, 3, 1)).devices.flat) == jax.devices()[:3]
+
+
+def test_mesh_axes_are_auto(mesh):
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1), (1, -2, 1), (1, 16, 1), (3, -1, 1)])
+def test_a_mesh_that_does_not_fit_says_so_in_one_line(sizes):
+    with pytest.raises(UserError, match="mesh replica=") as e:
+        sharding.mesh(configs.Mesh(*sizes))
+    assert "\n" not in str(e.value)
+
+
+def test_names_become_the_mesh_axes_of_the_table():
+    assert sharding.spec(("layer", "embed", "mlp")) == P(None, "fsdp", "tensor")
+    assert sharding.spec(("vocab", "table_width")) == P(("tensor", "fsdp"), None)
+    assert sharding.spec(("batch", "seq", None)) == P(("replica", "fsdp"), None, None)
+
+
+def test_the_table_uses_only_axes_of_the_mesh():
+    assert {axis for axes in sharding.RULES.values() for axis in axes} == set(sharding.AXES)
+
+
+def test_an_unknown_name_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"blocks/w: unknown logical axis 'embde'"):
+        sharding.spec(("embde", "mlp"), "blocks/w")
+
+
+@pytest.mark.parametrize("names", [("embed", "vocab"), ("heads", "mlp"), ("embed", "embed")])
+def test_a_doubled_mesh_axis_is_an_error(names):
+    with pytest.raises(ValueError, match="split two dimensions over the mesh axis"):
+        sharding.spec(names)
+
+
+def test_a_dimension_that_does_not_divide_is_an_error_that_names_the_parameter(mesh):
+    with pytest.raises(
+        UserError, match=r"params/w: dimension 1 \(mlp\) of shape \(4, 7\) is 7, not a multiple of the 2"
+    ):
+        sharding.shardings(mesh, {"params": {"w": box((4, 7), "embed", "mlp")}})
+
+
+def test_a_wrong_number_of_names_is_an_error(mesh):
+    with pytest.raises(ValueError, match="params/w: 2 axis names"):
+        sharding.shardings(mesh, {"params": {"w": box((4, 4, 4), "embed", "mlp")}})
+
+
+def test_a_parameter_without_names_is_an_error_and_a_counter_elsewhere_is_not(mesh):
+    bare = jax.ShapeDtypeStruct((4,), jnp.float32)
+    with pytest.raises(ValueError, match=r"params/w: shape \(4,\) has no axis names"):
+        sharding.shardings(mesh, {"params": {"w": bare}})
+    assert sharding.shardings(mesh, {"extra": {"usage": bare}})["extra"]["usage"].spec == P()
+
+
+@pytest.mark.parametrize("top, names", [("params", (None, "table_width")), ("extra", None)])
+def test_a_large_array_replicated_by_accident_is_an_error_on_a_mesh_that_could_split_it(mesh, top, names):
+    big = (2**11, 2**11 + 1)
+    leaf = box(big, *names) if names else jax.ShapeDtypeStruct(big, jnp.float32)
+    with pytest.raises(UserError, match="would be whole on each of 8 devices"):
+        sharding.shardings(mesh, {top: {"w": leaf}})
+    one = sharding.mesh(configs.Mesh(), jax.devices()[:1])
+    assert sharding.shardings(one, {top: {"w": leaf}})[top]["w"].is_fully_replicated
+
+
+def test_a_convolution_is_whole_on_purpose_however_large(mesh):
+    tree = {"params": {"w": box((3, 3, 1024, 1024), None, None, "conv_in", "conv_out")}}
+    assert sharding.shardings(mesh, tree)["params"]["w"].is_fully_replicated
+
+
+def test_shardings_have_the_structure_of_the_unboxed_tree(mesh):
+    tree = {"params": {"w": box((4, 4), "embed", "mlp")}, "n": jax.ShapeDtypeStruct((), jnp.int32)}
+    assert jax.tree.structure(sharding.shardings(mesh, tree)) == jax.tree.structure(sharding.unbox(tree))
+    assert sharding.names(tree) == {"params": {"w": ("embed", "mlp")}, "n": None}
+
+
+def test_constrain_does_nothing_without_a_mesh_but_still_reads_the_names():
+    x = jnp.ones((3, 5))
+    assert sharding.constrain(x, "batch", "width") is x
+    with pytest.raises(ValueError, match="unknown logical axis"):
+        sharding.constrain(x, "batch", "widht")
+
+
+def test_constrain_lays_an_activation_out_as_the_table_says(mesh):
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: sharding.constrain(x, "batch", "seq", "act_mlp"))(jnp.ones((8, 3, 4)))
+    assert y.sharding.spec == P(("replica", "fsdp"), None, "tensor")
+
+
+def test_constrain_refuses_an_activation_that_does_not_divide(mesh):
+    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"activation: dimension 0 \(batch\)"):
+        jax.jit(lambda x: sharding.constrain(x, "batch", "width"))(jnp.ones((7, 3)))
+
+
+def test_a_batch_is_split_over_the_data_axes_only(mesh):
+    rows = np.arange(8 * 3).reshape(8, 3)
+    placed = sharding.place(mesh, {"x": rows}, 8)["x"]
+    assert placed.sharding.spec == P(("replica", "fsdp")) and placed.addressable_shards[0].data.shape == (2, 3)
+    np.testing.assert_array_equal(placed, rows)
+
+
+def test_a_batch_that_does_not_fit_says_why(mesh):
+    with pytest.raises(UserError, match="batch = 6 rows: not a multiple of the 4 devices"):
+        sharding.place(mesh, {"x": np.zeros((6, 2))})
+    with pytest.raises(UserError, match=r"batch/x: shape \(4, 2\), expected 8 rows"):
+        sharding.place(mesh, {"x": np.zeros((4, 2))}, 8)
+
+
+COMPILE = """
+import sys
+import jax, numpy as np
+from cm3jax import config as c, sharding, vocab
+from cm3jax.train import lm, loop
+if len(sys.argv) > 1:
+    sharding.RULES |= {"vocab": ("tensor",), "table_width": ("fsdp",)}
+words = vocab.Vocab(text=100, image=64, sentinels=8, multiple=64)
+row = lambda dtype: np.ones((16, 16), dtype)
+batch = {"inputs": row("i4"), "targets": row("i4"), "weights": row("f4"), "positions": row("i4"), "segments": row("i4"),
+         "modality": row("i1")}
+for sizes, tied in (((1, 8, 1), True), ((2, 2, 2), False)):
+    training = c.Training(steps=2, batch=16, mesh=c.Mesh(*sizes))
+    stage = c.DecoderStage(model=c.Decoder(layers=2, width=16, heads=4, tied=tied), packing=c.Packing(length=16),
+                           training=training)
+    mesh = sharding.mesh(training.mesh)
+    compiled = loop.compile(lm.task(stage, words), training, mesh)
+    with jax.set_mesh(mesh):
+        compiled.step.lower(compiled.abstract, sharding.place(mesh, batch, 16)).compile()
+print("compiled")
+"""
+INVOLUNTARY = "Involuntary full rematerialization"
+
+
+def log_of_compiling(*arguments):
+    """What XLA prints at its most talkative (the warning is lost above level 1)."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *arguments],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "compiled" in done.stdout, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_no_table_is_rematerialised_as_a_whole():
+    assert INVOLUNTARY not in log_of_compiling()
+
+
+@pytest.mark.slow
+def test_a_table_split_over_its_width_too_would_be():
+    assert INVOLUNTARY in log_of_compiling("both")
