@@ -250,7 +250,7 @@ def torch_decoder(config: configs.Decoder, vocab: int, length: int):
 # -------------------------------------------------------------------------------------------------------------- decode
 
 
-def decode(recipe: Recipe, rounds: int = 5, batch: int = 16, prompt: int = 16, steps: int = 192) -> list[Row]:
+def decode(recipe: Recipe, rounds: int = 5, batch: int = 16, prompt: int = 16, steps: int = 64) -> list[Row]:
     """Return tokens/s of drawing `steps` codes after prompts of `prompt` tokens, with and without a cache."""
     from cm3jax.train import lm
 

@@ -289,9 +289,15 @@ class Packing:
     most_spans: int = 8
     """whole only: spans of a row at most, for whose markers room is kept. Poisson(1) exceeds 8 about once in a million
     rows, 4 in 0.4 % of them."""
-    positions: Literal["row", "place"] = "row"
-    """Positions of a moved span: row counts on through the row, the paper's; place counts on from where the span was
-    (ours), so that filling in is drawing or writing at the same positions as ever, and small models learn it soon."""
+    picture: int = 0
+    """0: positions count through the row, the paper's. Else the codes of a picture, which then have fixed positions,
+    the last of the row (ours, whole only): small models learn sooner what lies where (see `objectives.places`)."""
+
+    def __post_init__(self):
+        if self.picture and self.kind != "whole":
+            raise ValueError(f"packing.picture = {self.picture}: needs whole pictures; set packing.kind to whole, or 0")
+        if not 0 <= self.picture < self.length:
+            raise ValueError(f"packing.picture = {self.picture}: must be 0 to packing.length - 1 = {self.length - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,6 +399,14 @@ class Recipe:
     tokens: Tokens = Tokens()
     decoder: DecoderStage = DecoderStage()
     evaluate: Evaluate = Evaluate()
+
+    def __post_init__(self):
+        codes, picture = (self.prepare.resolution // self.image.model.factor) ** 2, self.decoder.packing.picture
+        if picture not in (0, codes):
+            raise ValueError(
+                f"decoder.packing.picture = {picture}: a picture of {self.prepare.resolution} px has {codes} codes;"
+                f" set it to {codes}, or to 0 for positions that count through the row"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------- JSON, hashes

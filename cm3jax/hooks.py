@@ -27,8 +27,8 @@ def drawings(recipe: Recipe, run: pathlib.Path) -> Callable[[Any, int], None]:
 
     def draw(state, step: int) -> None:
         params = state.extra.get("ema", state.params)
-        positions = recipe.decoder.packing.positions
-        generator = generate.Generator(model, params, recipe.vocab, *tokenizers, COUNT, positions)
+        picture = recipe.decoder.packing.picture
+        generator = generate.Generator(model, params, recipe.vocab, *tokenizers, COUNT, picture)
         pictures = generator.text_to_image(prompts, sampling=recipe.evaluate.draw[0])
         save(run / "decoder", "samples", step, [pictures])
 

@@ -18,11 +18,11 @@ config = change(
     name="scenes",
     vocab=configs.Vocab(text=1024, image=1024, sentinels=16, multiple=64),
     prepare=change(quickstart.prepare, source="scenes:full", count=60_000),
-    image=change(quickstart.image, training=change(quickstart.image.training, steps=4000)),
+    image=change(quickstart.image, training=change(quickstart.image.training, steps=2000)),
     decoder=change(
         quickstart.decoder,
         model=change(quickstart.decoder.model, layers=6, width=192, heads=6),
         packing=change(quickstart.decoder.packing, length=192),
-        training=change(quickstart.decoder.training, steps=12_000),
+        training=change(quickstart.decoder.training, steps=5000),
     ),
 )

@@ -113,3 +113,9 @@ def test_every_setting_has_a_default():
     missing = dataclasses.MISSING
     for name, field in fields(config.Recipe):
         assert field.default is not missing or field.default_factory is not missing, name
+
+
+def test_fixed_places_for_pictures_of_another_size_are_refused():
+    base = config.load(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
+    with pytest.raises(ValueError, match=r"decoder.packing.picture = 64: a picture of 128 px has 256 codes"):
+        dataclasses.replace(base, prepare=dataclasses.replace(base.prepare, resolution=128))

@@ -171,23 +171,23 @@ def test_impossible_settings_are_refused(field, value):
         configs.from_json(configs.Sampling, {field: value})
 
 
-@pytest.mark.parametrize("positions", ["row", "place"])
-def test_filling_in_reads_the_positions_that_training_gives(generator, pictures, positions):
+@pytest.mark.parametrize("picture", [0, CODES])
+def test_filling_in_reads_the_positions_that_training_gives(generator, pictures, picture):
     """Greedy codes of an infilled region are the argmax of teacher forcing over the row as `packing` lays it out."""
-    generator = dataclasses.replace(generator, positions=positions)
+    generator = dataclasses.replace(generator, picture=picture)
     codes, region = generator.encode(pictures[:1])[0], np.arange(CODES) % 5 == 2  # codes 2 to 7, of which two are free
     prompt = document.infill_image("a red circle", codes, region, generator.text, VOCAB)
     state = grammar.start([grammar.CODES], left=np.array([6]))
     rules = grammar.pictures(VOCAB, generator.text.size, CODES)
     drawn = generator._draw(rules, [prompt], state, CODES, 0, generate.GREEDY)[0]
     row = np.concatenate([prompt.ids, drawn])
-    packed = configs.Packing(length=LENGTH, positions=positions)
+    packed = configs.Packing(kind="whole", length=LENGTH, picture=picture)
     moved = np.arange(len(row)) > len(prompt.ids)
-    batch = packing.arrays([(row, np.ones(len(row), np.int32), moved)], VOCAB, packed)
+    batch = packing.arrays([(row, np.ones(len(row), np.int32), moved, np.array(prompt.hidden))], VOCAB, packed)
     inputs = [jnp.asarray(batch[name]) for name in ("inputs", "positions", "segments")]
     hidden, _ = generator.model.apply({"params": generator.params}, *inputs)
     scores = decoder.logits(generator.params, MODEL, hidden)[0, len(prompt.ids) - 1 : len(row) - 1]
     best = VOCAB.image_start + np.argmax(scores[:, VOCAB.image_start : VOCAB.sentinel_start], -1)
     np.testing.assert_array_equal(np.where(prompt.known < 0, best, prompt.known), drawn)
-    start = len(prompt.ids) - 1 if positions == "row" else np.argmax(prompt.ids == prompt.ids[-1])
+    start = LENGTH - CODES + 1 if picture else len(prompt.ids) - 1
     assert batch["positions"][0, len(prompt.ids) - 1] == start

@@ -37,6 +37,7 @@ config = replace(
     decoder=replace(
         decoder,
         model=replace(decoder.model, layers=1, width=32, heads=2),
+        packing=replace(decoder.packing, picture=16),
         training=replace(decoder.training, steps=300, batch=8, save_every=20, sample_every=150),
     ),
     evaluate=replace(base.evaluate, samples=8, validation_samples=4, batch=8, sheet=2, draw=base.evaluate.draw[:1]),

@@ -4,9 +4,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-import tqdm
 
-from cm3jax.data import shards, tokens
+from cm3jax.data import progress, shards, tokens
 from cm3jax.tokenizers import document, text
 from cm3jax.types import Part, Record
 from cm3jax.vocab import Vocab
@@ -19,7 +18,7 @@ def encode(prepared, out, codes: Codes, tokenizer: text.Tokenizer, vocab: Vocab,
     """Write a token shard to `out` for each record shard in `prepared` that has none yet, of every split."""
     found = [(split, i, paths) for split, paths in shards.files(prepared).items() for i in range(len(paths))]
     done = {(split, i) for split, paths in shards.files(prepared).items() for i in written(out, split, len(paths))}
-    with tqdm.tqdm(total=len(found), initial=len(done), unit=" shards", desc="encode") as bar:
+    with progress.bar(len(found), len(done), "shards", "encode") as bar:
         for split, i, paths in found:
             if (split, i) not in done:
                 pairs = documents(records(paths[i]), codes, tokenizer, vocab, batch)

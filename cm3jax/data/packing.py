@@ -11,15 +11,15 @@ import numpy as np
 
 from cm3jax.config import Mask, Packing
 from cm3jax.data.tokens import Tokens
-from cm3jax.objectives import causal_mask
+from cm3jax.objectives import causal_mask, places
 from cm3jax.types import UserError
 from cm3jax.vocab import EOD, PAD, Vocab
 
 TEXT, IMAGE, INFILL, OTHER = range(4)
 """Modality of a target: text, image code, text or code of a moved span, anything else."""
 
-Row = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""A masked row: ids [t], segments [t], and which tokens belong to moved spans, bool [t]."""
+Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""A masked row: ids [t], segments [t], which tokens belong to moved spans, bool [t], the codes of each span [n]."""
 
 
 def stream(seed: int, name: str, epoch: int, row: int = 0) -> np.random.Generator:
@@ -183,19 +183,19 @@ def masked(ids: np.ndarray, document: np.ndarray, spans: np.ndarray, vocab: Voca
     numbers count per document.
 
     Returns:
-      ids: uint16 [t]; segments: int32 [t]; moved: bool [t], tokens of moved spans.
+      ids: uint16 [t]; segments: int32 [t]; moved: bool [t], tokens of moved spans; hidden: int64 [n], codes of each.
     """
     spans, keep = causal_mask.fit(spans, len(ids), packing.length)
     segments = document if packing.isolate else np.ones_like(document)
     if not len(spans):
-        return ids, segments, np.zeros(len(ids), bool)
+        return ids, segments, np.zeros(len(ids), bool), np.zeros(0, np.int64)
     source, moved, marker = causal_mask.layout(spans, keep)
     number = np.arange(len(spans))
     if packing.isolate:
         owner = document[spans[:, 0]]
         number -= np.searchsorted(owner, owner)
     out = causal_mask.with_markers(ids[source], marker, number[marker // 2], vocab)
-    return out, segments[source], moved
+    return out, segments[source], moved, places.hidden(ids, spans, vocab)
 
 
 def arrays(rows: list[Row], vocab: Vocab, packing: Packing) -> dict[str, np.ndarray]:
@@ -206,18 +206,20 @@ def arrays(rows: list[Row], vocab: Vocab, packing: Packing) -> dict[str, np.ndar
       targets: int32 [b, t], the next token of the same segment; <pad> where there is none.
       weights: float32 [b, t], 1 where there is a target, else 0; all tokens weigh the same (arXiv 2309.02591 §2.2).
       positions: int32 [b, t] from 0; with isolate they count from each document's start and go on in its moved spans.
-        With packing.positions "place" a moved span counts on from the place that it left instead (`from_place`).
+        With packing.picture they are fixed places (`objectives.places`).
       segments: int32 [b, t], 0 for padding, else 1, or with isolate 1, 2, ... by document.
       modality: int8 [b, t] of the target: TEXT 0, IMAGE 1, INFILL 2 (text or code of a moved span), OTHER 3.
     """
     shape = (len(rows), packing.length)
     ids, segments, moved = np.full(shape, PAD, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for i, (row_ids, row_segments, row_moved) in enumerate(rows):
+    for i, (row_ids, row_segments, row_moved, _) in enumerate(rows):
         n = len(row_ids)
         ids[i, :n], segments[i, :n], moved[i, :n] = row_ids, row_segments, row_moved
     positions, following = order(segments, packing.isolate)
-    if packing.positions == "place":
-        positions = from_place(positions, ids, vocab)
+    if packing.picture:
+        for place, (row_ids, row_segments, _, hidden) in zip(positions, rows, strict=True):
+            first = packing.length - packing.picture
+            place[: len(row_ids)] = places.places(row_ids, hidden, vocab, first, row_segments)
     has_target = following >= 0
     targets = np.where(has_target, np.take_along_axis(ids, following, 1), PAD).astype(np.int32)
     kind = modality(ids, moved, vocab)
@@ -252,24 +254,6 @@ def order(segments: np.ndarray, isolate: bool) -> tuple[np.ndarray, np.ndarray]:
     np.put_along_axis(following, by_segment, after, 1)
     real = segments > 0
     return np.where(real, positions, 0), np.where(real, following, -1)
-
-
-def from_place(positions: np.ndarray, ids: np.ndarray, vocab: Vocab) -> np.ndarray:
-    """Return `positions` [b, t] with each moved span counting on from the <sentinel:i> that it left in its place.
-
-    The first half of a row's sentinels stand in place, the second half open the moved spans, in the same order.
-    """
-    row, column = np.nonzero(vocab.is_sentinel(ids))
-    count = np.bincount(row, minlength=len(ids))
-    rank = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    moved = rank >= count[row] // 2
-    left, here, place = positions[row[~moved], column[~moved]], (row[moved], column[moved]), np.zeros_like(positions)
-    place[here] = left
-    since = np.full(ids.shape, -1)
-    since[here] = column[moved]
-    since = np.maximum.accumulate(since, axis=1)
-    resumed = np.take_along_axis(place, np.maximum(since, 0), 1) + np.arange(ids.shape[1]) - since
-    return np.where((since >= 0) & (ids != PAD), resumed, positions).astype(np.int32)
 
 
 def modality(ids: np.ndarray, moved: np.ndarray, vocab: Vocab) -> np.ndarray:

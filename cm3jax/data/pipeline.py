@@ -157,7 +157,7 @@ def eval_batches(
 
     def row(r: int) -> packing.Row:
         if r >= len(plan):
-            return np.zeros(0, np.uint16), np.zeros(0, np.int32), np.zeros(0, bool)
+            return np.zeros(0, np.uint16), np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64)
         ids, owner = packing.read(plan, r, tokens, stage.packing)
         rng = packing.stream(stage.eval_mask_seed, "evaluate", 0, r)
         spans = packing.draw_spans(ids, vocab, mask, stage.packing, rng)

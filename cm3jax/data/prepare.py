@@ -19,11 +19,11 @@ import tempfile
 import time
 
 import numpy as np
-import tqdm
 from PIL import Image
 
 from cm3jax import config
 from cm3jax.data import prepare_shard, shards, sources
+from cm3jax.data import progress as bars
 from cm3jax.types import UserError
 
 VERSION = 3  # part of HASH; raise it when the same config would give other records
@@ -142,7 +142,7 @@ def _run(source, jobs: list, settings: config.Prepare, work: pathlib.Path, progr
     left = [i for i in range(len(jobs)) if not prepare_shard.folder(work, i).exists()]
     done = sum(_read_done(work, i)["rows"] for i in set(range(len(jobs))) - set(left))
     total = source.total(jobs) or None
-    with tqdm.tqdm(total=total, initial=done, unit=" rows", desc="prepare", disable=not progress) as bar:
+    with bars.bar(total, done, "rows", "prepare", quiet=not progress) as bar:
         if _workers(settings, len(left)) == 1:
             for i in left:
                 prepare_shard.run(source, jobs[i], i, settings, work, bar.update)

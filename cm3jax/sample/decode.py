@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from cm3jax import config as configs
 from cm3jax import vocab as vocabulary
 from cm3jax.nn import decoder
+from cm3jax.objectives import places
 from cm3jax.sample import filters, grammar, guidance
 
 
@@ -47,8 +48,11 @@ class Prompts(NamedTuple):
 
     ids: Int[Array, "n b t"]
     lengths: Int[Array, "n b"]
-    last: Int[Array, "n b"]
-    """Position of each prompt's last id, from which the drawn ids count on."""
+    positions: Int[Array, "n b t"]
+    following: Int[Array, "n b 2"]
+    """Position of the token that comes next if it is none of a picture, and if it is (`objectives.places`)."""
+    first: Int[Array, ""]
+    """Position of a picture's first code; -1: positions count through the row."""
 
 
 class Drawn(NamedTuple):
@@ -88,14 +92,23 @@ def settings(sampling: configs.Sampling, rows: np.ndarray) -> Settings:
     )
 
 
-def pad(prompts: list[list[np.ndarray]], length: int, last=None) -> Prompts:
-    """Return prompts[stream][row] as arrays of `length` columns; `last` [n, b] are positions, None: of the length."""
+def pad(prompts: list[list[np.ndarray]], length: int, hidden=None, vocab=None, first: int | None = None) -> Prompts:
+    """Return prompts[stream][row] as arrays of `length` columns.
+
+    Args:
+      hidden, vocab, first: As in `objectives.places`, hidden[stream][row]; first None: positions count through the row.
+    """
     ids = np.full((len(prompts), len(prompts[0]), length), vocabulary.PAD, np.int32)
-    for stream, found in zip(ids, prompts, strict=True):
-        for row, prompt in zip(stream, found, strict=True):
-            row[length - len(prompt) :] = prompt
+    positions, following = np.zeros_like(ids), np.zeros((*ids.shape[:2], 2), np.int32)
+    for i, stream in enumerate(prompts):
+        for j, prompt in enumerate(stream):
+            at, n = np.s_[i, j, length - len(prompt) :], len(prompt)
+            ids[at], positions[at], following[i, j] = prompt, np.arange(n), n
+            if first is not None:
+                positions[at] = place = places.places(prompt, hidden[i][j], vocab, first)
+                following[i, j] = places.following(prompt, place, hidden[i][j], vocab, first)
     lengths = np.array([[len(p) for p in stream] for stream in prompts], np.int32)
-    return Prompts(ids, lengths, lengths - 1 if last is None else np.asarray(last, np.int32))
+    return Prompts(ids, lengths, positions, following, np.int32(-1 if first is None else first))
 
 
 def bucket(n: int) -> int:
@@ -128,13 +141,12 @@ def decode(
         (up to the rounding of matrix products of other shapes).
     """
     n, b, t = prompts.ids.shape
-    slots, lengths, positions = t - 1 + steps, prompts.lengths.reshape(-1), prompts.last.reshape(-1)
-    ids = prompts.ids.reshape(n * b, t)
-    cache = _prefill(model, params, ids[:, :-1], lengths, slots)
+    ids, place = prompts.ids.reshape(n * b, t), prompts.positions.reshape(n * b, t)
+    cache = _prefill(model, params, ids[:, :-1], place[:, :-1], prompts.lengths.reshape(-1), t - 1 + steps)
 
     def body(carry):
-        i, last, state, cache, drawn = carry
-        logits, cache = _score(model, rules, params, last, positions + i, cache, t - 1 + i)
+        i, last, place, following, state, cache, drawn = carry
+        logits, cache = _score(model, rules, params, last, place, cache, t - 1 + i)
         logits = logits.reshape(n, b, -1)
         ids, logprobs = _draw(rules, kind, logits, state, settings, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
         held, done = jax.lax.dynamic_index_in_dim(forced, i, 1, keepdims=False), state.mode == grammar.DONE
@@ -145,21 +157,32 @@ def decode(
             drawn.lengths + ~done,
             jax.lax.dynamic_update_slice(drawn.logprobs, logprobs[:, None], (0, i)),
         )
-        return i + 1, jnp.tile(ids, n), grammar.step(rules, state, ids), cache, drawn
+        ids = jnp.tile(ids, n)
+        place, following = _advance(ids, following, prompts.first, rules.vocab)
+        return i + 1, ids, place, following, grammar.step(rules, state, ids[:b]), cache, drawn
 
     def unfinished(carry):
-        return (carry[0] < steps) & jnp.any(carry[2].mode != grammar.DONE)
+        return (carry[0] < steps) & jnp.any(carry[4].mode != grammar.DONE)
 
     empty = Drawn(jnp.full((b, steps), vocabulary.PAD), jnp.zeros(b, jnp.int32), jnp.zeros((b, steps)))
-    return jax.lax.while_loop(unfinished, body, (0, ids[:, -1], state, cache, empty))[-1]
+    begin = (0, ids[:, -1], place[:, -1], prompts.following.reshape(n * b, 2), state, cache, empty)
+    return jax.lax.while_loop(unfinished, body, begin)[-1]
 
 
-def _prefill(model, params, ids: Int[Array, "b t"], lengths: Int[Array, " b"], slots: int):
+def _advance(ids: Int[Array, " b"], following: Int[Array, "b 2"], first, vocab):
+    """Return the positions [b] of ids just drawn, and of what follows them."""
+    other, code = following[:, 0], following[:, 1]
+    drawing = vocab.is_image(ids) & (first >= 0)
+    place = jnp.where(drawing, code, other)
+    # anything but a code closes the picture: the next begins at `first`
+    return place, jnp.stack([other + ~drawing, jnp.where(drawing, code + 1, first)], -1)
+
+
+def _prefill(model, params, ids: Int[Array, "b t"], positions: Int[Array, "b t"], lengths: Int[Array, " b"], slots):
     """Return a cache that holds all of the prompts but their last ids, which are the loop's first input."""
     b, t = ids.shape
-    place = jnp.arange(t) - (t + 1 - lengths[:, None])
+    segments = (jnp.arange(t) >= t + 1 - lengths[:, None]).astype(jnp.int32)
     cache = decoder.init_cache(model.config, b, slots)
-    positions, segments = jnp.maximum(place, 0), (place >= 0).astype(jnp.int32)
     return model.apply({"params": params}, ids, positions, segments, cache=cache, index=0)[1]
 
 

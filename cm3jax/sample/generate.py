@@ -50,7 +50,7 @@ def load(run, batch: int = 16, step: int | None = None) -> "Generator":
     text, image = texts.Tokenizer(run / "text" / "tokenizer.model"), images.load(run / "image")
     model = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
     params = jax.tree.map(jnp.asarray, checkpoint.load_params(run / "decoder", step=step))
-    return Generator(model, params, recipe.vocab, text, image, batch, recipe.decoder.packing.positions)
+    return Generator(model, params, recipe.vocab, text, image, batch, recipe.decoder.packing.picture)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Generator:
       params: Of `model`, unboxed.
       image: A `tokenizers.image.Tokenizer`, or what has its encode, decode, grid and resolution.
       batch: Rows drawn at one time, at most.
-      positions: `Packing.positions` of the model's training.
+      picture: `Packing.picture` of the model's training.
     """
 
     model: decoder.Decoder
@@ -70,7 +70,7 @@ class Generator:
     text: texts.Tokenizer
     image: Any
     batch: int = 16
-    positions: str = "row"
+    picture: int = 0
 
     @property
     def codes(self) -> int:
@@ -291,15 +291,16 @@ class Generator:
         state = jax.tree.map(lambda x: x[here], state)
         state = state._replace(mode=jnp.where(rows < len(prompts), state.mode, grammar.DONE))
         chosen = [prompts[i] for i in here]
-        streams = [[p.ids for p in chosen], [p.unconditional for p in chosen]][: decode.streams(sampling)]
-        place = self.vocab, self.positions
+        n, first = decode.streams(sampling), self.model.length - self.picture if self.picture else None
+        streams = [[p.ids for p in chosen], [p.unconditional for p in chosen]][:n]
+        hidden = [[p.hidden for p in chosen], [p.unconditional_hidden for p in chosen]][:n]
         out = decode.decode(
             self.model,
             rules,
             decode.kind(sampling),
             steps,
             self.params,
-            decode.pad(streams, length, [[document.last_position(p, *place) for p in s] for s in streams]),
+            decode.pad(streams, length, hidden, self.vocab, first),
             state,
             decode.settings(sampling, rows),
             _forced(chosen, steps),

@@ -100,6 +100,8 @@ class Prompt:
       produces: "image": codes; "text": text up to `stop`; "document": parts, breaks and at last [eod].
       stop: The id that ends the answer.
       known: int64 [k], infill_image only: the id of each of the k codes to come that is held, -1 where it is drawn.
+      hidden: The codes behind each sentinel that stands in its place in `ids`; 0 for text.
+      unconditional_hidden: The same of `unconditional`.
     """
 
     kind: str
@@ -108,6 +110,8 @@ class Prompt:
     produces: str
     stop: int
     known: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    hidden: tuple[int, ...] = ()
+    unconditional_hidden: tuple[int, ...] = ()
 
 
 def join(*pieces) -> np.ndarray:
@@ -118,22 +122,13 @@ def join(*pieces) -> np.ndarray:
 def text_to_image(text: str, tokenizer: Tokenizer, vocab: Vocab) -> Prompt:
     """`[eod] text <break>`, then one picture and [eod]. Unconditional: `[eod] <sentinel:0> <break>`."""
     ids = join(EOD, text_ids(text, tokenizer, vocab), BREAK)
-    return Prompt("text_to_image", ids, join(EOD, vocab.sentinel(0), BREAK), "image", EOD)
-
-
-def last_position(ids: np.ndarray, vocab: Vocab, positions: str) -> int:
-    """Return the position of a prompt's last id, under `Packing.positions`.
-
-    With "place", a sentinel that opens a span at the end has the position of the one that it left in its place.
-    """
-    resumes = positions == "place" and vocab.is_sentinel(ids[-1])
-    return int(np.argmax(ids == ids[-1])) if resumes else len(ids) - 1
+    return Prompt("text_to_image", ids, join(EOD, vocab.sentinel(0), BREAK), "image", EOD, unconditional_hidden=(0,))
 
 
 def unconditional(vocab: Vocab) -> Prompt:
     """`[eod] <sentinel:0> <break>`, then one picture and [eod]."""
     ids = join(EOD, vocab.sentinel(0), BREAK)
-    return Prompt("unconditional", ids, ids, "image", EOD)
+    return Prompt("unconditional", ids, ids, "image", EOD, hidden=(0,), unconditional_hidden=(0,))
 
 
 def image_to_text(codes: np.ndarray, vocab: Vocab) -> Prompt:
@@ -143,7 +138,8 @@ def image_to_text(codes: np.ndarray, vocab: Vocab) -> Prompt:
     """
     first, second = vocab.sentinel(0), vocab.sentinel(1)
     ids = join(EOD, first, BREAK, image_ids(codes, vocab), EOD, first)
-    return Prompt("image_to_text", ids, join(EOD, first, BREAK, second, EOD, first), "text", EOSS)
+    without = join(EOD, first, BREAK, second, EOD, first)
+    return Prompt("image_to_text", ids, without, "text", EOSS, hidden=(0,), unconditional_hidden=(0, len(codes)))
 
 
 def infill_text(before: str, after: str, codes: np.ndarray, tokenizer: Tokenizer, vocab: Vocab) -> Prompt:
@@ -160,7 +156,7 @@ def infill_text(before: str, after: str, codes: np.ndarray, tokenizer: Tokenizer
     first = vocab.sentinel(0)
     text = join(EOD, text_ids(before, tokenizer, vocab), first, text_ids(after, tokenizer, vocab), BREAK)
     ids = join(text, image_ids(codes, vocab), EOD, first)
-    return Prompt("infill_text", ids, whole.unconditional, "text", EOSS)
+    return dataclasses.replace(whole, kind="infill_text", ids=ids)
 
 
 def infill_image(text: str, codes: np.ndarray, region: np.ndarray, tokenizer: Tokenizer, vocab: Vocab) -> Prompt:
@@ -186,7 +182,7 @@ def infill_image(text: str, codes: np.ndarray, region: np.ndarray, tokenizer: To
     prompt = join(start, ids[:first], sentinel, ids[last + 1 :], EOD, sentinel)
     without = join(EOD, sentinel, BREAK, ids[:first])
     known = np.where(region, -1, ids.astype(np.int64))[first : last + 1]
-    return Prompt("infill_image", prompt, without, "image", EOSS, known)
+    return Prompt("infill_image", prompt, without, "image", EOSS, known, (len(known),), (0,))
 
 
 def continuation(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab, closed: bool = False) -> Prompt:
@@ -206,7 +202,7 @@ def continuation(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab, clos
         hidden = isinstance(part, str) and end and len(here)
         without += [vocab.sentinel(masked) if hidden else here, end]
         masked += bool(hidden)
-    return Prompt("continuation", join(*ids), join(*without), "document", EOD)
+    return Prompt("continuation", join(*ids), join(*without), "document", EOD, unconditional_hidden=(0,) * masked)
 
 
 # ------------------------------------------------------------------------------- what a masked document is a prefix of
