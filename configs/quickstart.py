@@ -73,9 +73,9 @@ config = Recipe(
             remat="none",
         ),
         packing=Packing(kind="whole", length=112, documents=1, most_spans=4, picture=64),
-        mask=Mask(spans=1.0, rotate=0.5, captions=0.5),
+        mask=Mask(spans=1.0, rotate=0.5, captions=0.75),
         training=Training(
-            steps=2500,
+            steps=2800,
             batch=16,
             optimizer=Optimizer(
                 name="muon",

@@ -21,14 +21,14 @@ def run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_quickstart_learns_to_draw_to_caption_and_to_fill_in(run):
-    """Floors well below the figures in RESULTS.md, far above chance (0.003 per object); the goals stand there."""
+    """Floors five points below the goals of RESULTS.md, for seeds and machines differ by a few; chance is 0.003."""
     report = json.loads((run / "report.json").read_text())
     assert report["reconstruction"]["psnr"] >= 25
     assert report["reconstruction"]["codes"] >= 256
     assert report["reconstruction"]["codebook_usage"] >= 0.9
-    assert report["text_to_image"]["object_accuracy"] >= 0.6
-    assert report["image_to_text"]["object_accuracy"] >= 0.75
-    assert report["infill"]["object_accuracy"] >= 0.35
+    assert report["text_to_image"]["object_accuracy"] >= 0.8
+    assert report["image_to_text"]["object_accuracy"] >= 0.85
+    assert report["infill"]["object_accuracy"] >= 0.75
     assert report["peak_memory_gib"] <= 4
     assert {"prepare", "text", "image", "tokens", "decoder", "evaluate"} <= set(report["seconds"])
     assert min(report[task]["samples"] for task in ("reconstruction", "text_to_image", "image_to_text")) >= 512
