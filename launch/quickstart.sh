@@ -10,6 +10,4 @@ source launch/setup.sh
 
 setup core
 if [ "${1:-}" = --setup-only ]; then exit; fi
-# Large pages: a training step writes hundreds of megabytes that malloc would fetch anew in pages of 4 KiB, 1.2 x slower.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 exec .venv/bin/cm3jax run configs/quickstart.py "$@"
