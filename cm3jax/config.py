@@ -24,8 +24,8 @@ from cm3jax.vocab import Vocab
 class Mesh:
     """Shape of the device mesh; -1 means "all devices that are left". Sizes that need fewer take the first devices."""
 
-    replica: int = 1
-    """Data parallel: parameters are copied along this axis."""
+    replica: int = 0
+    """Data parallel: parameters are copied along this axis. 0: one copy per TPU slice."""
     fsdp: int = -1
     """Data parallel with parameters and optimizer state sharded."""
     tensor: int = 1
