@@ -8,7 +8,7 @@ import optax
 
 from cm3jax import config as configs
 from cm3jax import optim
-from cm3jax.nn import decoder
+from cm3jax.nn import decoder, flops
 from cm3jax.objectives import lm
 from cm3jax.train import state as states
 from cm3jax.vocab import Vocab
@@ -46,7 +46,7 @@ def task(stage: configs.DecoderStage, vocab: Vocab) -> states.Task:
         params = state.extra["ema"] if training.ema else state.params
         return losses(net, dataclasses.replace(stage, z_loss=0.0), params, batch)[1]
 
-    return states.Task(init, step, evaluate)
+    return states.Task(init, step, evaluate, flops.step(stage.model, vocab.size, training.batch, stage.packing.length))
 
 
 def losses(net: decoder.Decoder, stage: configs.DecoderStage, params, batch):
