@@ -66,3 +66,16 @@ def test_slices_and_hosts_that_are_not_there_are_counted():
 )
 def test_bytes_are_shown_in_the_unit_that_fits(count, text):
     assert summary.show(count) == text
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_two_slices_that_are_not_there():
+    devices = topologies.get_topology_desc("v5e:2x2", "tpu", num_slices=2).devices
+    training = toy.training(batch=16)
+    mesh = sharding.mesh(training.mesh, devices)
+    compiled, rows = loop.compile(toy.task(training), training, mesh), sharding.rows(mesh)
+    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in toy.batch(0).items()}
+    with jax.set_mesh(mesh):
+        text = compiled.step.lower(compiled.abstract, batch).compile().as_text()
+    assert dict(mesh.shape) == {"replica": 2, "fsdp": 4, "tensor": 1}
+    assert "all-reduce" in text or "send" in text  # gradients meet across the slices

@@ -110,3 +110,18 @@ def abstract():
 
     training = toy.training(mesh=configs.Mesh(2, 2, 2))
     return loop.compile(toy.task(training), training, sharding.mesh(training.mesh)).abstract
+
+
+def test_watching_waits_for_no_step_before_the_host_is_two_ahead(tmp_path, monkeypatch):
+    seen, real = [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: seen.append("wait") or real(x))
+
+    def batches(start):
+        for step in range(start, 7):
+            seen.append(step)
+            yield toy.batch(step)
+
+    training = toy.training(mesh=configs.Mesh(1, 1, 1), steps=7, log_every=100, save_every=100, evaluate_every=0)
+    loop.train(toy.task(training), batches, None, training, tmp_path)
+    assert seen[:2] == [0, "wait"]  # the first step compiles
+    assert seen[2:13] == [1, 2, 3, "wait", 4, "wait", 5, "wait", 6, "wait", "wait"] and loop.AHEAD == 2
