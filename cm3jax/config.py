@@ -24,8 +24,8 @@ from cm3jax.vocab import Vocab
 class Mesh:
     """Shape of the device mesh; -1 means "all devices that are left". Sizes that need fewer take the first devices."""
 
-    replica: int = 1
-    """Data parallel: parameters are copied along this axis."""
+    replica: int = 0
+    """Data parallel: parameters are copied along this axis. 0: one copy per TPU slice."""
     fsdp: int = -1
     """Data parallel with parameters and optimizer state sharded."""
     tensor: int = 1
@@ -87,12 +87,16 @@ class Training:
     """Checkpoints kept, the latest ones; 0: all."""
     workers: int = 0
     """Processes that read and prepare batches; 0: threads of this process."""
+    profile: tuple[int, ...] = ()
+    """Write an xprof trace of these steps, first and last, counted from 1, to profile/ in the stage's folder."""
     seed: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} = {getattr(self, name)}: must be at least 1")
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            raise ValueError(f"training.profile = {self.profile}: must be the first and the last step, from 1 on")
         if not 0 <= self.ema < 1:
             raise ValueError(f"training.ema = {self.ema}: must be at least 0 (none) and below 1")
 

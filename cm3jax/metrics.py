@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 
+import numpy as np
 import tensorboardX
 import tqdm
 
@@ -79,12 +80,29 @@ def lines(path) -> list[dict]:
     return out
 
 
+PERCENTILES = (50, 90, 99)
+
+
 class Meter:
-    """Wall time and rates of a run. `seconds` counts on from where the run was interrupted."""
+    """Wall time and rates of a run. `seconds` counts on from where the run was interrupted.
+
+    Between two calls of `rates` it is told of each step twice: how long the data took, and that the step is done. The
+    time of a step is that from the end of the one before, so that nothing has to wait for the devices.
+    """
 
     def __init__(self, seconds: float = 0.0):
         self.start = time.monotonic() - seconds
-        self.last = time.monotonic()
+        self.pause()
+
+    def waited(self, seconds: float) -> None:
+        """Count the time that a step's data took."""
+        self.data.append(seconds)
+
+    def done(self) -> None:
+        """Note that a step is done."""
+        now = time.monotonic()
+        self.took.append(now - self.before)
+        self.before = now
 
     @property
     def seconds(self) -> float:
@@ -92,16 +110,30 @@ class Meter:
 
     def rates(self, sums, steps: int) -> dict[str, float]:
         """Return {"tokens_per_second": ..., "steps_per_second": ...} since the last call."""
-        now = time.monotonic()
-        took, self.last = max(now - self.last, 1e-9), now
+        took, data, each = max(time.monotonic() - self.last, 1e-9), self.data, self.took
+        self.pause()
         if not steps:
             return {}
         out = {f"{name}_per_second": sums[name][0] / took for name in COUNTS if name in sums}
+        if each:
+            out |= {f"step_seconds_p{p}": float(np.percentile(each, p)) for p in PERCENTILES}
+        if data:
+            out |= {"data_seconds": sum(data) / len(data), "data_share": sum(data) / took}
         return {**out, "steps_per_second": steps / took}
 
     def pause(self) -> None:
         """Leave the time since the last call out of the next rates (evaluation, saving)."""
-        self.last = time.monotonic()
+        self.last = self.before = time.monotonic()
+        self.data: list[float] = []
+        self.took: list[float] = []
+
+
+SHOWN = {
+    "mfu": ("MFU {:.1%}", 0.0),
+    "hbm_peak_gib": ("HBM {:.3g} GiB", 0.0),
+    "data_share": ("{:.0%} waiting for data", 0.05),
+}
+"""What the progress line shows beside loss and rate, and the value from which it is worth a word."""
 
 
 class Progress:
@@ -118,6 +150,7 @@ class Progress:
         """Show where the run is; the rate is that of the last interval."""
         parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         parts += [f"{_short(values[k])} {k[:-11]}/s" for k in (f"{c}_per_second" for c in COUNTS) if k in values]
+        parts += [text.format(values[k]) for k, (text, least) in SHOWN.items() if values.get(k, -1) >= least]
         if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(parts), refresh=False)
             self.bar.update(step - self.bar.n)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.core import meta
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import cm3jax.config as configs
@@ -59,27 +60,48 @@ REPLICATED_LIMIT = 2**22
 def mesh(config: configs.Mesh, devices=None) -> Mesh:
     """Return the device mesh with axes replica, fsdp, tensor.
 
-    A mesh of fixed size smaller than the machine takes the first devices (of one process only).
+    A mesh of fixed size smaller than the machine takes the first devices (of one process only). Several TPU slices,
+    which only the slow network of the data centre joins, are laid along replica, what is left of them along fsdp.
 
     Args:
       config: Sizes; at most one is -1, for "what is left".
       devices: Devices to use; None: all.
 
     Raises:
-      UserError: if the sizes do not fit the devices.
+      UserError: if the sizes do not fit the devices, or tensor would span slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _sizes(config, len(devices))
+    sizes = _sizes(config, len(devices), slices(devices))
     count = math.prod(sizes)
     if count < len(devices) and len({d.process_index for d in devices}) > 1:
         raise UserError(f"mesh {_text(sizes)} leaves out devices of other hosts: {len(devices)} devices; set one to -1")
     types = (AxisType.Auto,) * len(AXES)  # make_mesh's default, Explicit, is not for linen modules
+    if (several := slices(devices[:count])) > 1:
+        inner, outer = _over_slices(sizes, several)
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices[:count]), AXES, axis_types=types)
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
 
 
-def _sizes(config: configs.Mesh, count: int) -> tuple[int, ...]:
-    """Return the three sizes with -1 resolved."""
-    sizes = [getattr(config, name) for name in AXES]
+def slices(devices) -> int:
+    """Return the number of TPU slices that devices lie on; 1 for all other devices."""
+    return len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"}) or 1
+
+
+def _over_slices(sizes: tuple[int, ...], count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes within a slice and over the slices, whose products are `sizes`."""
+    replica = math.gcd(sizes[0], count)
+    fsdp = math.gcd(sizes[1], count // replica)
+    if replica * fsdp != count:
+        raise UserError(
+            f"mesh {_text(sizes)} does not split over {count} slices: set --mesh.replica to a multiple of {count}"
+            " (0: one copy per slice); tensor must stay within one"
+        )
+    return (sizes[0] // replica, sizes[1] // fsdp, sizes[2]), (replica, fsdp, 1)
+
+
+def _sizes(config: configs.Mesh, count: int, slices: int) -> tuple[int, ...]:
+    """Return the three sizes with 0 and -1 resolved."""
+    sizes = [config.replica or slices, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(f"mesh {_text(sizes)}: sizes must be at least 1, and one of them at most -1 (what is left)")
     fixed = math.prod(s for s in sizes if s != -1)

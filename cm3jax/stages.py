@@ -22,12 +22,13 @@ from cm3jax.types import UserError
 
 FILE = "stage.json"
 INTERVALS = {"log_every", "evaluate_every", "evaluate_batches", "sample_every", "save_every", "keep"}
-VOLATILE = INTERVALS | {"workers", "mesh", "accumulate"}
+VOLATILE = INTERVALS | {"workers", "mesh", "accumulate", "profile"}
 """Settings that may change between two runs of a stage: they steer how it runs, not what comes out."""
 VOLATILE_PATHS = {"decoder.model.attention", "decoder.model.remat", "decoder.loss_chunk"}
 """More of these, by their whole name."""
 LOGS = ("metrics.jsonl", "events.out.tfevents", FILE)
-SAMPLES = "samples"
+ASIDE = {"samples", "profile"}
+"""Folders of pictures and traces that are no result."""
 BLOCK = 64 * 1024
 GIB = 2.0**30
 
@@ -128,7 +129,7 @@ def files(run: pathlib.Path, output: str) -> dict[str, int]:
 
 def counts(path: pathlib.Path) -> bool:
     """Return whether a file belongs to a result."""
-    return not path.name.startswith(LOGS) and not any(p == SAMPLES or p.startswith(".") for p in path.parts)
+    return not path.name.startswith(LOGS) and not any(p in ASIDE or p.startswith(".") for p in path.parts)
 
 
 def missing(run: pathlib.Path, record: Record) -> str:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: one virtual environment, .venv/ at the root of the repository.
 #
 #   setup NAME [EXTRAS]   installs cm3jax (with pyproject.toml's EXTRAS) in the versions of requirements.lock,

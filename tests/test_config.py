@@ -37,6 +37,8 @@ def test_missing_fields_take_their_defaults():
         ({"decoder": {"packing": {"isolate": 1}}}, "decoder.packing.isolate = 1: expected bool"),
         ({"decoder": {"model": {"norm": "batch"}}}, "decoder.model.norm = 'batch': must be one of 'layernorm'"),
         ({"decoder": []}, "decoder: expected an object"),
+        ({"decoder": {"training": {"profile": [3]}}}, "training.profile = (3,): must be the first and the last step"),
+        ({"decoder": {"training": {"profile": [4, 3]}}}, "training.profile = (4, 3): must be the first and the last"),
         ({"image": {"model": {"attention": 3}}}, "image.model.attention: expected a list"),
         ({"image": {"model": {"attention": ["x"]}}}, 'image.model.attention[0] = "x": expected int'),
         ({"decoder": {"model": {"width": 30, "heads": 4}}}, "decoder.model.width = 30 is not a multiple of heads = 4"),

@@ -78,6 +78,47 @@ def test_rates_count_sums_over_time_and_steps_of_no_time_have_none():
     assert meter.rates({}, 0) == {}
 
 
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 50.0
+        monkeypatch.setattr(metrics.time, "monotonic", lambda: self.now)
+
+    def after(self, seconds):
+        self.now += seconds
+
+
+def test_step_times_are_those_between_ends_of_steps_and_start_anew_behind_a_pause(monkeypatch):
+    clock = Clock(monkeypatch)
+    meter = metrics.Meter()
+    meter.waited(9.0)
+    clock.after(100)
+    meter.done()
+    meter.pause()  # an evaluation: nothing of before counts
+    for seconds in (1, 1, 1, 5):
+        clock.after(seconds)
+        meter.waited(seconds / 4)
+        meter.done()
+    rates = meter.rates({}, 4)
+    assert rates["step_seconds_p50"] == 1 and math.isclose(rates["step_seconds_p90"], 1 + 0.7 * 4)
+    assert rates["steps_per_second"] == 0.5 and rates["data_seconds"] == 0.5 and rates["data_share"] == 0.25
+    clock.after(2)
+    meter.done()
+    assert meter.rates({}, 1)["step_seconds_p99"] == 2
+
+
+def test_the_progress_line_shows_mfu_memory_and_waiting_where_there_is_something_to_say():
+    out = io.StringIO()
+    progress = metrics.Progress("decoder", 10, every=0, out=out)
+    progress.show(1, {"loss": 1.0, "mfu": 0.5234, "hbm_peak_gib": 12.34, "data_share": 0.25})
+    progress.show(2, {"loss": 1.0, "data_share": 0.04})
+    assert out.getvalue().splitlines() == [
+        "decoder: step 1/10, loss 1, MFU 52.3%, HBM 12.3 GiB, 25% waiting for data",
+        "decoder: step 2/10, loss 1",
+    ]
+
+
 def test_without_a_terminal_a_plain_line_shows_the_progress_now_and_then():
     out = io.StringIO()
     progress = metrics.Progress("decoder", 10, every=3600, out=out)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, PartitionSpec
 
 from cm3jax import config as configs
@@ -37,11 +38,43 @@ def test_a_mesh_of_fixed_size_takes_the_first_devices():
     assert list(sharding.mesh(configs.Mesh(1, 3, 1)).devices.flat) == jax.devices()[:3]
 
 
+def two_slices(chips="2x2"):
+    """The devices of two TPU slices that are not there."""
+    return topologies.get_topology_desc(f"v5e:{chips}", "tpu", num_slices=2).devices
+
+
+@pytest.mark.parametrize(
+    "asked, sizes",
+    [((0, -1, 1), (2, 4, 1)), ((2, 2, 2), (2, 2, 2)), ((-1, 2, 1), (4, 2, 1)), ((1, -1, 1), (1, 8, 1))],
+)
+def test_two_slices_lie_along_replica_and_only_what_is_left_of_them_along_fsdp(asked, sizes):
+    found = sharding.mesh(configs.Mesh(*asked), two_slices())
+    assert tuple(found.shape.values()) == sizes and set(found.axis_types) == {AxisType.Auto}
+    index = np.vectorize(lambda d: d.slice_index)(found.devices)
+    index = index if asked[0] != 1 else index.swapaxes(0, 1)
+    half = len(index) // 2
+    assert (index[:half] == 0).all() and (index[half:] == 1).all()
+
+
+def test_tensor_parallelism_over_slices_is_refused_with_the_fix():
+    with pytest.raises(UserError, match=r"mesh replica=1 x fsdp=1 x tensor=8 .* 2 slices: set --mesh.replica to a"):
+        sharding.mesh(configs.Mesh(1, 1, 8), two_slices())
+
+
+def test_one_slice_of_two_can_be_had_alone():
+    found = sharding.mesh(configs.Mesh(), [d for d in two_slices() if d.slice_index == 1])
+    assert dict(found.shape) == {"replica": 1, "fsdp": 4, "tensor": 1}
+
+
+def test_only_tpus_have_slices():
+    assert sharding.slices(two_slices()) == 2 and sharding.slices(jax.devices()) == 1
+
+
 def test_mesh_axes_are_auto(mesh):
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
-@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1), (1, -2, 1), (1, 16, 1), (3, -1, 1)])
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (1, 0, 1), (1, -2, 1), (1, 16, 1), (3, -1, 1)])
 def test_a_mesh_that_does_not_fit_says_so_in_one_line(sizes):
     with pytest.raises(UserError, match="mesh replica=") as e:
         sharding.mesh(configs.Mesh(*sizes))

@@ -48,7 +48,15 @@ def test_a_setting_that_the_record_lacks_counts_as_changed():
 
 
 def test_logs_and_hidden_files_are_no_result(tmp_path):
-    for name in ("weights", "metrics.jsonl", "events.out.tfevents.1", "stage.json", ".partial", "samples/1.png"):
+    for name in (
+        "weights",
+        "metrics.jsonl",
+        "events.out.tfevents.1",
+        "stage.json",
+        ".partial",
+        "samples/1.png",
+        "profile/x.pb",
+    ):
         path = tmp_path / "decoder" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")

@@ -12,6 +12,8 @@ from cm3jax import optim, rng, sharding
 from cm3jax.train import state as states
 
 WIDTH, HIDDEN, LAYERS = 16, 32, 3
+FLOPS = 1e6
+"""What the task says that its step takes; the tests of MFU count with it."""
 
 
 class Layer(nn.Module):
@@ -80,7 +82,7 @@ def _task(optimizer, steps, accumulate, hidden, noise, break_at) -> states.Task:
     def evaluate(state, batch):
         return objective(state.params, batch, rng.key(0, "evaluate"))[1]
 
-    return states.Task(init, step, evaluate)
+    return states.Task(init, step, evaluate, FLOPS)
 
 
 def batch(step: int, rows: int = 16, nan: bool = False):

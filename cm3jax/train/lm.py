@@ -9,7 +9,7 @@ import optax
 
 from cm3jax import config as configs
 from cm3jax import optim
-from cm3jax.nn import attention_paths, decoder
+from cm3jax.nn import attention_paths, decoder, flops
 from cm3jax.objectives import lm
 from cm3jax.train import state as states
 from cm3jax.types import UserError
@@ -63,7 +63,7 @@ def task(stage: configs.DecoderStage, vocab: Vocab) -> states.Task:
         params = state.extra["ema"] if training.ema else state.params
         return losses(net, dataclasses.replace(stage, z_loss=0.0), params, batch)[1]
 
-    return states.Task(init, step, evaluate)
+    return states.Task(init, step, evaluate, flops.step(stage.model, vocab.size, training.batch, stage.packing.length))
 
 
 def losses(net: decoder.Decoder, stage: configs.DecoderStage, params, batch):

@@ -10,6 +10,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cm3jax import checkpoint, metrics, rng, sharding, trees
+from cm3jax import checkpoint, metrics, rng, sharding
 from cm3jax import config as configs
 from cm3jax.train import state as states
+from cm3jax.train import summary, watch
 from cm3jax.types import UserError
 
 Hook = tuple[int, Callable[[states.TrainState, int], Any]]
@@ -94,6 +96,7 @@ class Compiled:
       init: () -> state.
       step: (state, batch) -> (state, metrics); the old state is donated.
       evaluate: (state, batch) -> metrics, or None.
+      flops: The task's model FLOPs of a step.
     """
 
     mesh: jax.sharding.Mesh
@@ -101,6 +104,7 @@ class Compiled:
     init: Callable
     step: Callable
     evaluate: Callable | None
+    flops: float = 0.0
 
 
 def compile(task: states.Task, training: configs.Training, mesh: jax.sharding.Mesh, name: str = "train") -> Compiled:
@@ -123,6 +127,7 @@ def compile(task: states.Task, training: configs.Training, mesh: jax.sharding.Me
         init=lambda: init(first),  # outside the mesh's context: initializers see one made-up row
         step=jax.jit(step, donate_argnums=0, out_shardings=(placed, whole)),
         evaluate=task.evaluate and jax.jit(task.evaluate, out_shardings=whole),
+        flops=task.flops,
     )
 
 
@@ -214,14 +219,15 @@ class _Run:
         self.first = jax.process_index() == 0
         self.writer = metrics.Writer(self.folder, self.step) if self.first else None
         self.meter = metrics.Meter(self.seconds)
+        self.waited = 0  # of the pending steps, how many are known to be done
+        self.profile = watch.Profile(self.training.profile if self.first else (), self.folder)
         self.progress = metrics.Progress(self.name, self.training.steps, self.step, quiet=not self.first)
 
     def train(self, batches, signals: "_Signals") -> states.TrainState:
         """Do the steps that are left."""
         rows = iter(())
         try:
-            count, mesh = trees.size(self.state.params), dict(self.compiled.mesh.shape)
-            self.progress.say(f"{count:,} parameters, mesh {mesh}, step {self.step} of {self.training.steps}")
+            self.progress.say(summary.table(self.compiled.abstract, self.compiled.mesh, self.training, self.step))
             if self.step:
                 self.after(signals)
                 self.leave_if_asked(signals)
@@ -233,30 +239,42 @@ class _Run:
             return self.state
         finally:
             getattr(rows, "close", lambda: None)()  # ends the workers of a pipeline that has some
+            self.profile.close()
             self.progress.close()
             if self.writer:
                 self.writer.close()
 
     def update(self, rows) -> None:
         """Do one step; return before the devices are done with it."""
+        asked = time.monotonic()
         batch = next(rows, None)
+        self.meter.waited(time.monotonic() - asked)
         if batch is None:
             raise UserError(f"{self.name}: the data ended at step {self.step} of {self.training.steps}")
         batch = sharding.place(self.compiled.mesh, batch, self.training.batch)
-        with jax.set_mesh(self.compiled.mesh):
+        with jax.set_mesh(self.compiled.mesh), self.profile.step(self.step + 1, self.pending[-1:]):
             self.state, found = self.compiled.step(self.state, batch)
         self.step += 1
         self.pending.append(found)
-        if self.compiling:
+        if self.compiling and len(self.pending) == 1:
             self.wait_for_compiler(found)
-        elif len(self.pending) > AHEAD:
-            jax.block_until_ready(self.pending[-1 - AHEAD])
+        else:
+            self.wait(AHEAD)
+        if told := self.profile.after(self.step, found):
+            self.progress.say(told)
+
+    def wait(self, ahead: int) -> None:
+        """Wait until at most `ahead` steps are under way, and note the time at which each one is done."""
+        while self.waited < len(self.pending) - ahead:
+            jax.block_until_ready(self.pending[self.waited])
+            self.waited += 1
+            self.meter.done()
 
     def wait_for_compiler(self, found) -> None:
-        """Wait for the first step, and let its time count in no rate."""
-        if len(self.pending) == 1:
-            jax.block_until_ready(found)
-            self.meter.pause()
+        """Wait for the first step (and what `log` computes), and let its time count in no rate."""
+        jax.block_until_ready((found, watch.norm(self.state.params)))
+        self.waited = 1
+        self.meter.pause()
 
     def after_update(self, signals: "_Signals") -> None:
         """Log and save where it is time, stop if asked to, then do what the step owes."""
@@ -279,17 +297,23 @@ class _Run:
 
     def log(self) -> None:
         """Fetch the pending metrics, stop on one that is not finite, write and show the others."""
-        found = jax.device_get(self.pending)
+        self.wait(0)
+        found, norm = jax.device_get((self.pending, watch.norm(self.state.params)))
         for i, one in enumerate(found):
             if bad := metrics.not_finite(one):
                 self.stop_not_finite(bad, self.step - len(found) + 1 + i)
         timed = found[1:] if self.compiling else found
-        self.pending, self.compiling = [], self.compiling and not found
+        self.pending, self.waited, self.compiling = [], 0, self.compiling and not found
         if found and self.first:
             sums = metrics.total(found)
-            values = {**metrics.means(sums), **self.meter.rates(metrics.total(timed), len(timed))}
+            values = {**metrics.means(sums), "parameter_norm": float(norm), **self.rates(timed)}
             self.writer.write(self.step, self.meter.seconds, "train", values)
             self.progress.show(self.step, values)
+
+    def rates(self, timed) -> dict[str, float]:
+        """Return how fast the steps since the last log were, and how full the chips are."""
+        rates, devices = self.meter.rates(metrics.total(timed), len(timed)), list(self.compiled.mesh.devices.flat)
+        return {**rates, **watch.per_chip(rates, self.compiled.flops, devices), **watch.memory(devices)}
 
     def stop_not_finite(self, what: str, step: int) -> None:
         """Raise the error that names the step; the checkpoints before it stay."""

@@ -39,11 +39,13 @@ class Task:
       step: (state, batch, key) -> (state with step + 1, metrics). Metrics must hold "loss"; "tokens" or "items", whose
         sum is the count of non-padding tokens or pictures, gives the rate that the progress bar shows.
       evaluate: (state, batch) -> metrics; None for a task without validation.
+      flops: Model FLOPs of a step over the global batch, in closed form, for MFU; 0: not known.
     """
 
     init: Callable[[jax.Array], TrainState]
     step: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState, Any], Metrics] | None = None
+    flops: float = 0.0
 
 
 def create(params, optimizer: optax.GradientTransformation, extra=None) -> TrainState:

@@ -1,0 +1,26 @@
+"""Floating-point operations of the decoder in closed form: XLA's own count sees a scanned layer once."""
+
+from cm3jax import config as configs
+
+
+def step(config: configs.Decoder, vocab: int, rows: int, length: int) -> float:
+    """Return the model FLOPs of one training step: what the mathematics needs, recomputation not counted.
+
+    A multiplication and an addition are two. The backward pass is twice the forward one (arXiv 2204.02311 appendix B);
+    attention counts the half of its square that a causal mask leaves. Norms, softmax and the optimizer are left out.
+
+    Args:
+      vocab: Rows of the output table.
+      rows: Of the global batch.
+      length: Positions of a row, padding included: the devices compute it too.
+    """
+    return 3.0 * rows * length * forward(config, vocab, (length + 1) / 2)
+
+
+def forward(config: configs.Decoder, vocab: int, seen: float | int) -> float:
+    """Return the FLOPs of the forward pass per token, which sees `seen` tokens on average, itself among them."""
+    d, mlp, groups = config.width, config.mlp_width or 4 * config.width, config.kv_heads or config.heads
+    projections = 2 * d * d + 2 * d * groups * config.head_width
+    feed_forward = (3 if config.activation == "swiglu" else 2) * d * mlp
+    attention = 2 * d * seen  # q·k and p·v
+    return 2.0 * (config.layers * (projections + feed_forward + attention) + vocab * d)
