@@ -229,7 +229,14 @@ class Tokens:
     """Turn records into token shards with the two tokenizers."""
 
     batch: int = 64
-    """Pictures per step of the image tokenizer."""
+    """Pictures per step of the image tokenizer, over all chips of a host; rounded up to a multiple of them."""
+    workers: int = 0
+    """Processes that read and decode the pictures ahead; 0: threads of the main process."""
+
+    def __post_init__(self):
+        for name, least in (("batch", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"tokens.{name} = {getattr(self, name)}: must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)

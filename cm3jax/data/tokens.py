@@ -14,6 +14,7 @@ import numpy as np
 from cm3jax.types import UserError
 
 NAME = re.compile(r"(?P<split>.+)-(?P<shard>\d{5})-of-(?P<shards>\d{5})\.ids\.npy")
+FILE = re.compile(r"(?P<stem>(?P<split>.+)-\d{5}-of-\d{5})\.(ids|lengths|keys)\.npy")
 
 
 def stem(split: str, shard: int, shards: int) -> str:
