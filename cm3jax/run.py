@@ -146,19 +146,23 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     import jax
 
     from cm3jax import hooks
-    from cm3jax.data import index, pipeline
+    from cm3jax.data import index, mixing, pipeline
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
 
-    index.check(run / "tokens", HOW["tokens"].format(run=run))
+    for folder in (run / "tokens", *map(pathlib.Path, recipe.decoder.mixture.sets)):
+        check_set(folder, run / "tokens")
+        index.check(folder, HOW["tokens"].format(run=folder.parent))
     stage, vocab, host = recipe.decoder, recipe.vocab, (jax.process_index(), jax.process_count())
     held_out = "validation" in token_shards.splits(run / "tokens")
-    found = token_shards.Tokens(run / "tokens", "train")
+    found = mixing.open(run / "tokens", "train", stage.mixture)
     facts = pipeline.describe(found, stage)
     say(
         "decoder: {documents:,} documents of {tokens:,} tokens in {rows:,} rows an epoch, {filled:.0%} filled,"
         " {too_long:,} left out as too long".format(**facts)
     )
+    for line in found.describe() if stage.mixture.sets else ():
+        say(f"decoder: {line}")
     meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": config.to_json(stage.model)}
     loop.train(
         lm.task(stage, vocab),
@@ -170,6 +174,19 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         name="decoder",
         meta=meta,
     )
+
+
+def check_set(folder: pathlib.Path, own: pathlib.Path) -> None:
+    """Raise UserError unless a token folder was made, to its end, with the tokenizers of the run's own."""
+    mine, record = stages.read(own), stages.read(folder)
+    if record is None or not record.complete:
+        raise UserError(f"token set {str(folder)!r}: no finished tokens/ folder of a run; cm3jax encode RUN makes one")
+    for name in ("text", "image"):
+        if record.inputs.get(name) != mine.inputs.get(name):
+            raise UserError(
+                f"token set {str(folder)!r}: made with another {name} tokenizer than {str(own)!r}; link that run's"
+                f" {name}/ to {str(own.parent / name)!r} and encode it again"
+            )
 
 
 def sampled(training: config.Training, hook, recipe: Recipe, run: pathlib.Path) -> list:

@@ -60,7 +60,10 @@ class Tokens:
 
     Attributes:
       lengths: int32 [documents].
+      mix: Of several sets, their `mixing.Mix`; of one, None.
     """
+
+    mix = None
 
     def __init__(self, folder, split: str):
         self.folder, self.split = pathlib.Path(folder), split
