@@ -36,13 +36,15 @@ class Prepare:
     prepare: Annotated[configs.Prepare, flags.FLAT] = configs.Prepare()
     redo: bool = False
     """Make it again from nothing."""
+    host: int = 0
+    """With --hosts: which of them this is, 0 to N - 1."""
+    hosts: int = 1
+    """Hosts that share the work, on one disk, each with this command; the last to end writes the summary."""
 
     def __call__(self):
-        from cm3jax import run
-
         settings = dataclasses.replace(self.prepare, source=self.source)
         recipe = Recipe(name=pathlib.Path(self.out).resolve().name, prepare=settings)
-        run.run(recipe, self.out, redo="prepare" if self.redo else "", only="prepare")
+        make(recipe, self.out, "prepare", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +84,28 @@ class Encode:
     """Run folder with prepared/, text/ and image/."""
     redo: bool = False
     """Make them again from nothing."""
+    host: int = 0
+    """With --hosts: which of them this is, 0 to N - 1."""
+    hosts: int = 1
+    """Hosts that share the work, on one disk, each with this command; the last to end writes the index."""
     recipe: Annotated[Recipe, flags.FLAT] = Recipe()
 
     def __call__(self):
         from cm3jax import run
 
-        recipe = run.adopt(self.recipe, self.run, "tokens")
-        run.run(recipe, self.run, redo="tokens" if self.redo else "", only="tokens")
+        make(run.adopt(self.recipe, self.run, "tokens"), self.run, "tokens", self)
+
+
+def make(recipe: Recipe, out: str, stage: str, flags: Prepare | Encode) -> None:
+    """Make a stage, or this host's share of it."""
+    from cm3jax import parts, run
+
+    if flags.hosts == 1 and flags.host == 0:
+        run.run(recipe, out, redo=stage if flags.redo else "", only=stage)
+    elif flags.redo:
+        raise UserError("--redo: not with --hosts, as it would remove what the others made; delete the stage's folder")
+    else:
+        parts.part(recipe, out, stage, flags.host, flags.hosts)
 
 
 @dataclasses.dataclass(frozen=True)

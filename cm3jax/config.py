@@ -8,6 +8,7 @@ from the defaults here, which are the paper's (arXiv 2309.02591) where the paper
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import runpy
 import types as pytypes
@@ -235,7 +236,14 @@ class Tokens:
     """Turn records into token shards with the two tokenizers."""
 
     batch: int = 64
-    """Pictures per step of the image tokenizer."""
+    """Pictures per step of the image tokenizer, over all chips of a host; rounded up to a multiple of them."""
+    workers: int = 0
+    """Processes that read and decode the pictures ahead; 0: threads of the main process."""
+
+    def __post_init__(self):
+        for name, least in (("batch", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"tokens.{name} = {getattr(self, name)}: must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +332,28 @@ class Mask:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Train on the tokens of several runs, mixed by weight (`data.mixing`)."""
+
+    sets: tuple[str, ...] = ()
+    """Token folders of other runs (RUN/tokens), made with the same two tokenizers; (): the run's own tokens alone."""
+    weights: tuple[float, ...] = ()
+    """Shares of the tokens, the run's own first, then those of `sets`; they need not add up to 1."""
+
+    def __post_init__(self):
+        wanted = len(self.sets) + 1 if self.sets else 0
+        if len(self.weights) != wanted:
+            raise ValueError(
+                f"decoder.mixture.weights = {self.weights}: must be {wanted} numbers, for the run's own tokens and the"
+                f" {len(self.sets)} sets"
+            )
+        if any(not 0 < w < math.inf for w in self.weights):
+            raise ValueError(
+                f"decoder.mixture.weights = {self.weights}: must be above 0; leave out a set without weight"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderStage:
     """Train the decoder."""
 
@@ -336,6 +366,7 @@ class DecoderStage:
     loss_chunk: int = 512
     """Positions of a row whose logits exist at one time."""
     eval_mask_seed: int = 0
+    mixture: Mixture = Mixture()
 
 
 @dataclasses.dataclass(frozen=True)

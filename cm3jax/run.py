@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -61,9 +62,10 @@ def prepare(recipe: Recipe, run: pathlib.Path) -> None:
 
 def text(recipe: Recipe, run: pathlib.Path) -> None:
     """Captions of the training split -> text/tokenizer.model."""
-    from cm3jax.data import shards
+    from cm3jax.data import index, shards
     from cm3jax.tokenizers import text
 
+    index.check(run / "prepared", HOW["prepare"].format(run=run))
     records = shards.Reader(run / "prepared", "train")
     texts = (part for record in records for part in record.parts if isinstance(part, str))
     tokenizer = text.train(texts, recipe.vocab.text, run / "text" / "tokenizer.model", recipe.text)
@@ -75,10 +77,11 @@ def image(recipe: Recipe, run: pathlib.Path) -> None:
     import jax
 
     from cm3jax import hooks
-    from cm3jax.data import shards
+    from cm3jax.data import index, shards
     from cm3jax.tokenizers import image
     from cm3jax.train import loop, vqgan
 
+    index.check(run / "prepared", HOW["prepare"].format(run=run))
     stage, host = recipe.image, (jax.process_index(), jax.process_count())
     prepared, resolution, codes = run / "prepared", recipe.prepare.resolution, recipe.vocab.image
     held_out = "validation" in shards.splits(prepared)
@@ -95,12 +98,47 @@ def image(recipe: Recipe, run: pathlib.Path) -> None:
 
 
 def tokens(recipe: Recipe, run: pathlib.Path) -> None:
-    """Records and the two tokenizers -> tokens/."""
+    """Records and the two tokenizers -> tokens/; several processes share the shards, the first writes the index."""
+    import jax
+    from jax.experimental import multihost_utils
+
     from cm3jax.data import encode
+
+    encode_shards(recipe, run, jax.process_index(), jax.process_count())
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("token shards")
+    if jax.process_index() == 0 and not encode.finish(run / "prepared", run / "tokens"):
+        raise UserError(f"{run / 'tokens'}: not all shards are there; do the hosts see one disk?")
+
+
+def encode_shards(recipe: Recipe, run: pathlib.Path, host: int, hosts: int) -> None:
+    """Write the token shards of one host, with the image tokenizer on all its chips, and say how fast it was."""
+    import jax
+    import numpy as np
+
+    from cm3jax.data import encode, index
     from cm3jax.tokenizers import image, text
 
-    tokenizer, pictures = text.Tokenizer(run / "text" / "tokenizer.model"), image.load(run / "image")
-    encode.encode(run / "prepared", run / "tokens", pictures.encode, tokenizer, recipe.vocab, recipe.tokens.batch)
+    prepared, out, devices = run / "prepared", run / "tokens", tuple(jax.local_devices())
+    index.check(prepared, HOW["prepare"].format(run=run))
+    if not encode.missing(prepared, out, host, hosts):
+        return
+    batch = -(-recipe.tokens.batch // len(devices)) * len(devices)
+    tokenizer, pictures = text.Tokenizer(run / "text" / "tokenizer.model"), image.load(run / "image", batch, devices)
+    count = 0
+
+    def codes(found):
+        nonlocal count
+        count += len(found)
+        return pictures.encode(found)
+
+    pictures.encode(np.zeros((1, *(pictures.resolution,) * 2, 3), np.uint8))  # compiles, which no rate should count
+    start = time.monotonic()
+    arguments = prepared, out, codes, tokenizer, recipe.vocab, batch, host, hosts, recipe.tokens.workers
+    encode.encode(*arguments)
+    rate = count / (time.monotonic() - start)
+    chips = f"{rate / len(devices):.1f} per chip ({len(devices)} x {devices[0].device_kind})"
+    say(f"tokens: {count:,} pictures, {rate:.1f} a second, {chips}, reading included")
 
 
 def decoder(recipe: Recipe, run: pathlib.Path) -> None:
@@ -108,18 +146,23 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     import jax
 
     from cm3jax import hooks
-    from cm3jax.data import pipeline
+    from cm3jax.data import index, mixing, pipeline
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
 
+    for folder in (run / "tokens", *map(pathlib.Path, recipe.decoder.mixture.sets)):
+        check_set(folder, run / "tokens")
+        index.check(folder, HOW["tokens"].format(run=folder.parent))
     stage, vocab, host = recipe.decoder, recipe.vocab, (jax.process_index(), jax.process_count())
     held_out = "validation" in token_shards.splits(run / "tokens")
-    found = token_shards.Tokens(run / "tokens", "train")
+    found = mixing.open(run / "tokens", "train", stage.mixture)
     facts = pipeline.describe(found, stage)
     say(
         "decoder: {documents:,} documents of {tokens:,} tokens in {rows:,} rows an epoch, {filled:.0%} filled,"
         " {too_long:,} left out as too long".format(**facts)
     )
+    for line in found.describe() if stage.mixture.sets else ():
+        say(f"decoder: {line}")
     model = stages.significant(config.to_json(stage.model), "decoder.model")
     meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": model}
     resolved = lm.resolve(stage, device := jax.devices()[0])
@@ -134,6 +177,19 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         name="decoder",
         meta=meta,
     )
+
+
+def check_set(folder: pathlib.Path, own: pathlib.Path) -> None:
+    """Raise UserError unless a token folder was made, to its end, with the tokenizers of the run's own."""
+    mine, record = stages.read(own), stages.read(folder)
+    if record is None or not record.complete:
+        raise UserError(f"token set {str(folder)!r}: no finished tokens/ folder of a run; cm3jax encode RUN makes one")
+    for name in ("text", "image"):
+        if record.inputs.get(name) != mine.inputs.get(name):
+            raise UserError(
+                f"token set {str(folder)!r}: made with another {name} tokenizer than {str(own)!r}; link that run's"
+                f" {name}/ to {str(own.parent / name)!r} and encode it again"
+            )
 
 
 def sampled(training: config.Training, hook, recipe: Recipe, run: pathlib.Path) -> list:

@@ -206,12 +206,17 @@ def measured(folder: pathlib.Path, record: Record, every: float = 10.0, sample: 
         write(folder, record)
 
 
+class Locked(UserError):
+    """Another process works in the run folder."""
+
+
 @contextlib.contextmanager
 def locked(run: pathlib.Path):
     """Hold the run folder for this process; the lock goes with the process, however it ends.
 
     Raises:
-      UserError: if another process holds it, or the folder cannot be made.
+      Locked: if another process holds it.
+      UserError: if the folder cannot be made.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -222,7 +227,7 @@ def locked(run: pathlib.Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"run folder {str(run)!r}: another cm3jax is working in it; wait, or use --out") from None
+            raise Locked(f"run folder {str(run)!r}: another cm3jax is working in it; wait, or use --out") from None
         yield
 
 

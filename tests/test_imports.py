@@ -18,7 +18,7 @@ FLOORS = [
     {"checkpoint", "optim", "metrics", "stages"},
     {"train", "sample"},
     {"evaluate"},
-    {"run", "report", "curves", "bench", "doctor", "hooks", "png", "flags"},
+    {"run", "parts", "report", "curves", "bench", "doctor", "hooks", "png", "flags"},
     {"cli"},
 ]
 """From the ground up. A module imports only lower floors, its own folder, and single files of its own floor."""

@@ -61,13 +61,16 @@ def frame(packing: Packing) -> int:
     return 2 if packing.kind == "whole" or packing.isolate else 1
 
 
-def plan(lengths: np.ndarray, seed: int, epoch: int, packing: Packing) -> Plan:
-    """Return the rows of one epoch over documents of `lengths` [n] (ids without [eod]s), each used at most once.
+def plan(lengths: np.ndarray, seed: int, epoch: int, packing: Packing, mix=None) -> Plan:
+    """Return the rows of one epoch over documents of `lengths` [n] (ids without [eod]s).
+
+    Args:
+      mix: `mixing.Mix`, which says how often each document is used in this epoch; None: at most once.
 
     Raises:
       UserError: if no row can be filled.
     """
-    order = stream(seed, "order", epoch).permutation(len(lengths))
+    order = mix.order(seed, epoch) if mix else stream(seed, "order", epoch).permutation(len(lengths))
     sizes = np.asarray(lengths, np.int64)[order] + frame(packing)
     return (
         plan_whole(order, sizes, seed, epoch, packing) if packing.kind == "whole" else plan_chop(order, sizes, packing)

@@ -17,7 +17,7 @@ import numpy as np
 
 import cm3jax.config as configs
 from cm3jax.config import DecoderStage, Mask
-from cm3jax.data import packing
+from cm3jax.data import mixing, packing
 from cm3jax.data.tokens import Tokens
 from cm3jax.objectives import causal_mask
 from cm3jax.tokenizers import document
@@ -31,16 +31,18 @@ Batch = dict[str, np.ndarray]
 class Epochs:
     """The plans of all epochs, each computed when first asked for."""
 
-    def __init__(self, lengths: np.ndarray, seed: int, settings: configs.Packing):
-        self._arguments = (lengths, seed, settings)
-        self._same = settings.kind == "chop" or settings.documents == 1  # every epoch has as many rows as the first
+    def __init__(self, lengths: np.ndarray, seed: int, settings: configs.Packing, mix=None):
+        self._arguments = (lengths, seed, settings, mix)
+        # every epoch has as many rows as the first
+        self._same = mix is None and (settings.kind == "chop" or settings.documents == 1)
         self._lock, self._plans, self._starts = threading.Lock(), {}, [0]
 
     def plan(self, epoch: int) -> packing.Plan:
         """Return the plan of an epoch; the two last made are kept, since a batch may straddle two epochs."""
         if epoch not in self._plans:
-            lengths, seed, settings = self._arguments
-            self._plans = dict([*self._plans.items()][-1:]) | {epoch: packing.plan(lengths, seed, epoch, settings)}
+            lengths, seed, settings, mix = self._arguments
+            plan = packing.plan(lengths, seed, epoch, settings, mix)
+            self._plans = dict([*self._plans.items()][-1:]) | {epoch: plan}
         return self._plans[epoch]
 
     def locate(self, g: int) -> tuple[packing.Plan, int, int]:
@@ -72,7 +74,7 @@ class Batches:
     ):
         self._arguments = (tokens, stage, vocab, process_index, process_count)
         self.share = share(stage, process_count)
-        self.epochs = Epochs(tokens.lengths, stage.training.seed, stage.packing)
+        self.epochs = Epochs(tokens.lengths, stage.training.seed, stage.packing, tokens.mix)
         self.epochs.locate(0)  # a plan that cannot be made fails here, not in a thread
 
     def __reduce__(self):
@@ -116,12 +118,14 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield this host's share of the batches from `start_step` on, without end (see `packing.arrays`).
 
+    If the stage has a mixture, the folder's documents are mixed with those of its sets.
+
     The iterator has a `close()` that stops its threads or processes.
 
     Raises:
       UserError: if the split is missing or broken, no row can be filled, or the batch does not divide over the hosts.
     """
-    make = Batches(Tokens(folder, split), stage, vocab, process_index, process_count)
+    make = Batches(mixing.open(folder, split, stage.mixture), stage, vocab, process_index, process_count)
     return iter(iterate(grain.MapDataset.range(start_step, FOREVER).map(make), stage.training.workers))
 
 
@@ -175,7 +179,8 @@ def eval_batches(
 def fingerprint(tokens: Tokens, stage: DecoderStage, vocab: Vocab) -> str:
     """Return 16 hex digits that identify all batches of a run: documents, packing, masks, batch and seed."""
     lengths = hashlib.sha256(tokens.lengths.astype("<i4").tobytes()).hexdigest()
-    return configs.digest(lengths, stage.packing, stage.mask, vocab, stage.training.batch, stage.training.seed)
+    mixed = [tokens.mix] if tokens.mix else []
+    return configs.digest(lengths, stage.packing, stage.mask, vocab, stage.training.batch, stage.training.seed, *mixed)
 
 
 def describe(tokens: Tokens, stage: DecoderStage) -> dict[str, int | float]:
@@ -187,7 +192,7 @@ def describe(tokens: Tokens, stage: DecoderStage) -> dict[str, int | float]:
       too_long: Documents that no row holds and that are left out (packing whole).
       filled: Share of the rows' slots that are not padding, before the mask adds its markers.
     """
-    plan = packing.plan(tokens.lengths, stage.training.seed, 0, stage.packing)
+    plan = packing.plan(tokens.lengths, stage.training.seed, 0, stage.packing, tokens.mix)
     used = tokens.lengths[plan.documents].sum(dtype=np.int64) + packing.frame(stage.packing) * len(plan.documents)
     slots = len(plan) * stage.packing.length
     return {

@@ -22,11 +22,11 @@ import numpy as np
 from PIL import Image
 
 from cm3jax import config
-from cm3jax.data import prepare_shard, shards, sources
+from cm3jax.data import index, prepare_shard, shards, sources
 from cm3jax.data import progress as bars
 from cm3jax.types import UserError
 
-VERSION = 3  # part of HASH; raise it when the same config would give other records
+VERSION = 4  # part of HASH; raise it when the same config would give other records
 SUMMARY, REJECTS = "summary.json", "rejects.jsonl"
 
 
@@ -42,14 +42,42 @@ def prepare(settings: config.Prepare, out, progress: bool = True, redo: bool = F
     """
     check(settings)
     out, source = pathlib.Path(out), sources.open(settings)
-    identity = {**config.to_json(dataclasses.replace(settings, workers=0)), "fingerprint": source.fingerprint()}
-    name = config.digest(VERSION, identity)
+    name, identity = _identity(settings, source)
     if not redo and (finished := _finished(out, name, identity)):
         return finished
     work = _work(out, name, redo)
     jobs = source.jobs(settings.shards)
-    _run(source, jobs, settings, work, progress)
+    _run(source, jobs, range(len(jobs)), settings, work, progress)
     return _finish(out, work, len(jobs), {"hash": name, "config": identity})
+
+
+def part(settings: config.Prepare, out, host: int, hosts: int, progress: bool = True) -> bool:
+    """Write the pieces host, host + hosts, ...; return whether those of all hosts are there, for `prepare` to finish.
+
+    The hosts see the source and `out` under the same paths, on a disk that they share; they may run at any time and in
+    any order, and again. A piece does not depend on who makes it.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    check(settings)
+    out, source = pathlib.Path(out), sources.open(settings)
+    name, identity = _identity(settings, source)
+    if _finished(out, name, identity):
+        return True
+    work, jobs = _work(out, name, False), source.jobs(settings.shards)
+    _run(source, jobs, range(host, len(jobs), hosts), settings, work, progress)
+    there = all(prepare_shard.folder(work, i).exists() for i in range(len(jobs)))
+    if _finished(out, name, identity):  # by another host; looked at last, as finishing removes the pieces
+        shutil.rmtree(work, ignore_errors=True)
+        return True
+    return there
+
+
+def _identity(settings: config.Prepare, source) -> tuple[str, dict]:
+    """Return the digest, and what it is of: all that decides the output."""
+    identity = {**config.to_json(dataclasses.replace(settings, workers=0)), "fingerprint": source.fingerprint()}
+    return config.digest(VERSION, identity), identity
 
 
 def check(settings: config.Prepare) -> None:
@@ -94,7 +122,7 @@ def _whole(out: pathlib.Path, summary: dict) -> bool:
         paths = [out / shards.name(split, i, counts["shards"]) for i in range(counts["shards"])]
         if sum(path.stat().st_size for path in paths if path.exists()) != counts["bytes"]:
             return False
-    return True
+    return (out / index.FILE).exists()
 
 
 def _work(out: pathlib.Path, name: str, redo: bool) -> pathlib.Path:
@@ -137,11 +165,11 @@ def _workers(settings: config.Prepare, jobs: int) -> int:
     return max(1, min(settings.workers or cores, jobs))
 
 
-def _run(source, jobs: list, settings: config.Prepare, work: pathlib.Path, progress: bool) -> None:
-    """Write every piece that is not there yet."""
-    left = [i for i in range(len(jobs)) if not prepare_shard.folder(work, i).exists()]
-    done = sum(_read_done(work, i)["rows"] for i in set(range(len(jobs))) - set(left))
-    total = source.total(jobs) or None
+def _run(source, jobs: list, mine, settings: config.Prepare, work: pathlib.Path, progress: bool) -> None:
+    """Write every piece of the numbers `mine` that is not there yet."""
+    left = [i for i in mine if not prepare_shard.folder(work, i).exists()]
+    done = sum(_read_done(work, i)["rows"] for i in set(mine) - set(left))
+    total = source.total([jobs[i] for i in mine]) or None
     with bars.bar(total, done, "rows", "prepare", quiet=not progress) as bar:
         if _workers(settings, len(left)) == 1:
             for i in left:
@@ -197,6 +225,7 @@ def _finish(out: pathlib.Path, work: pathlib.Path, pieces: int, head: dict) -> d
         raise UserError(_nothing(out, summary))
     for split, paths in _move_shards(out, work, done).items():
         summary["splits"][split] |= {"shards": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
+    index.write(out)
     with _replace(out / SUMMARY) as file:
         file.write(json.dumps(summary, indent=1) + "\n")
     for old in out.glob(".work-*"):

@@ -136,6 +136,13 @@ class Reader:
             raise UserError(f"{str(folder)!r}: no split {split!r}; found: {', '.join(sorted(found)) or 'none'}")
         self._open(found[split])
 
+    @classmethod
+    def of(cls, paths: list[pathlib.Path]) -> "Reader":
+        """Return a reader of these shards, one behind the other."""
+        reader = cls.__new__(cls)
+        reader._open(paths)
+        return reader
+
     def _open(self, paths):
         self.paths = paths
         self._ends = list(itertools.accumulate(count(path) for path in paths))

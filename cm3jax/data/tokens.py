@@ -14,6 +14,7 @@ import numpy as np
 from cm3jax.types import UserError
 
 NAME = re.compile(r"(?P<split>.+)-(?P<shard>\d{5})-of-(?P<shards>\d{5})\.ids\.npy")
+FILE = re.compile(r"(?P<stem>(?P<split>.+)-\d{5}-of-\d{5})\.(ids|lengths|keys)\.npy")
 
 
 def stem(split: str, shard: int, shards: int) -> str:
@@ -59,7 +60,10 @@ class Tokens:
 
     Attributes:
       lengths: int32 [documents].
+      mix: Of several sets, their `mixing.Mix`; of one, None.
     """
+
+    mix = None
 
     def __init__(self, folder, split: str):
         self.folder, self.split = pathlib.Path(folder), split

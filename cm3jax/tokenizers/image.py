@@ -20,6 +20,7 @@ import cm3jax.config as cfg
 import cm3jax.nn.quantizer as quantizer
 import cm3jax.nn.vqgan as vqgan
 import cm3jax.objectives.vqgan as objective
+import cm3jax.sharding as sharding
 from cm3jax.types import UserError
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
@@ -37,6 +38,7 @@ class Tokenizer:
       resolution: Pixels of a side.
       params: Weights of the generator {encoder, decoder, codebook, ...}, unboxed.
       batch: Pictures per compiled call.
+      devices: Devices that share the pictures of a call, each with all the weights; (): the default device alone.
     """
 
     config: cfg.VQGAN
@@ -44,9 +46,12 @@ class Tokenizer:
     resolution: int
     params: dict
     batch: int = BATCH
+    devices: tuple = ()
 
     def __post_init__(self):
         check(self.config, self.resolution, self.codes)
+        if self.devices and self.batch % len(self.devices):
+            raise UserError(f"batch = {self.batch} pictures: must be a multiple of the {len(self.devices)} devices")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -89,8 +94,24 @@ class Tokenizer:
             part = rows[start : start + self.batch]
             full = np.zeros((self.batch, *rows.shape[1:]), rows.dtype)
             full[: len(part)] = part
-            out.append(np.asarray(function(self.params, full))[: len(part)].astype(dtype))
+            weights, full = self._placed(full)
+            out.append(np.asarray(function(weights, full))[: len(part)].astype(dtype))
         return np.concatenate(out)
+
+    def _placed(self, rows):
+        """Return the weights and some rows where they are computed with."""
+        if not self.devices:
+            return self.params, rows
+        return self._copies, jax.device_put(rows, sharding.rows(self._mesh))
+
+    @functools.cached_property
+    def _mesh(self):
+        return sharding.mesh(cfg.Mesh(), self.devices)
+
+    @functools.cached_property
+    def _copies(self):
+        whole = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        return jax.device_put(self.params, whole)
 
     @functools.cached_property
     def _encode(self):
@@ -156,8 +177,8 @@ def _replace(path: pathlib.Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def load(folder, batch: int = BATCH) -> Tokenizer:
-    """Return the tokenizer in a folder.
+def load(folder, batch: int = BATCH, devices: tuple = ()) -> Tokenizer:
+    """Return the tokenizer in a folder; see `Tokenizer` for the other arguments.
 
     Raises:
       UserError: if there is none, its files do not belong together, or a weight is missing or has another shape.
@@ -176,7 +197,7 @@ def load(folder, batch: int = BATCH) -> Tokenizer:
     flat = safetensors.numpy.load(data)
     _compare(flat, model, codes, resolution, folder / WEIGHTS)
     params = flax.traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in flat.items()}, sep="/")
-    return Tokenizer(model, codes, resolution, params, batch)
+    return Tokenizer(model, codes, resolution, params, batch, devices)
 
 
 def _about(folder: pathlib.Path) -> dict:

@@ -1,0 +1,190 @@
+"""Token sets mixed by weight: the shares, the epochs, and that nothing depends on hosts or on where a run resumes."""
+
+import collections
+import dataclasses
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+
+from cm3jax import config, run, stages
+from cm3jax.config import DecoderStage, Mixture, Packing, Training
+from cm3jax.data import mixing, packing, pipeline, tokens
+from cm3jax.types import UserError
+from cm3jax.vocab import Vocab
+
+VOCAB = Vocab(text=300, image=101, sentinels=23, multiple=7)
+T = VOCAB.text_start
+SIZES = {"a": (61, 7), "b": (29, 13), "c": (97, 5)}  # documents, mean tokens
+WHOLE, CHOP, ONE = Packing("whole", 83), Packing("chop", 83), Packing("whole", 83, documents=1)
+PACKINGS = pytest.mark.parametrize("kind", [WHOLE, CHOP, ONE], ids=["whole", "chop", "one"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three sets; a document begins with the number of its set, and its own."""
+    folder, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
+    for k, (name, (count, mean)) in enumerate(SIZES.items()):
+        pairs = [
+            (f"{i}", np.r_[T + k, T + i, np.full(rng.integers(mean - 3, mean + 4), T + 200)]) for i in range(count)
+        ]
+        tokens.write(folder / name, "train", pairs[: count // 2], 0, 2)
+        tokens.write(folder / name, "train", pairs[count // 2 :], 1, 2)
+    return folder
+
+
+def stage(folder, weights=(5.0, 3.0, 2.0), kind=WHOLE, batch=6, seed=0):
+    sets = tuple(str(folder / name) for name in ("b", "c"))
+    return DecoderStage(packing=kind, training=Training(batch=batch, seed=seed), mixture=Mixture(sets, weights))
+
+
+def mixed(folder, *arguments, **values):
+    return mixing.open(folder / "a", "train", stage(folder, *arguments, **values).mixture)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_documents_of_all_sets_are_read_as_from_their_own(folder):
+    found = mixed(folder)
+    own = [document for name in SIZES for document in tokens.Tokens(folder / name, "train")]
+    assert len(found) == sum(count for count, _ in SIZES.values()) == len(own)
+    assert all(np.array_equal(a, b) for a, b in zip(found, own, strict=True))
+    assert found.read(61, 1, 4).tolist() == own[61][1:4].tolist() and len(found.keys()) == len(found)
+    with pytest.raises(IndexError, match="the mixture has 187"):
+        found.read(187, 0, 1)
+
+
+@pytest.mark.parametrize("weights", [(5.0, 3.0, 2.0), (1.0, 1.0, 1.0), (0.02, 0.9, 0.08)])
+def test_the_shares_of_the_tokens_are_the_weights(folder, weights):
+    found, counts = mixed(folder, weights), collections.Counter()
+    for epoch in range(20):
+        for i in found.mix.order(0, epoch).tolist():
+            counts[int(found[i][0]) - T] += len(found[i])
+    shares = np.array([counts[k] for k in range(3)]) / sum(counts.values())
+    # A set's share is rounded to whole documents an epoch, and its documents differ in length.
+    assert shares == pytest.approx(np.array(weights) / sum(weights), abs=0.01)
+    assert sum(counts.values()) / 20 == pytest.approx(found.lengths.sum(), rel=0.01)
+
+
+def test_the_shares_reach_the_rows_that_are_trained_on(folder):
+    make, counts = pipeline.Batches(mixed(folder), stage(folder), VOCAB), collections.Counter()
+    for g in range(400):
+        ids, _, _ = make.unmasked(g)
+        starts = np.flatnonzero(ids[:-1] < T)[:-1] + 1
+        opens = [int(ids[i]) - T for i in starts if T <= ids[i] < T + 3 and ids[i + 1] >= T]
+        lengths = dict(enumerate(mean + 2 for _, mean in SIZES.values()))
+        counts.update({k: opens.count(k) * lengths[k] for k in lengths})
+    shares = np.array([counts[k] for k in range(3)]) / sum(counts.values())
+    assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
+
+
+def test_no_document_comes_again_before_all_others_of_its_set(folder):
+    found = mixed(folder, (0.02, 0.9, 0.08))
+    uses = collections.Counter()
+    for epoch in range(13):
+        uses.update(found.mix.order(0, epoch).tolist())
+        for first, (count, _) in zip((0, 61, 90), SIZES.values(), strict=True):
+            own = [uses[i] for i in range(first, first + count)]
+            assert max(own) - min(own) <= 1
+    drawn = sum(found.mix.drawn)
+    assert sum(uses.values()) == 13 * drawn
+
+
+def test_epochs_and_seeds_shuffle_anew_and_the_order_is_a_function_of_them(folder):
+    orders = {(seed, epoch): tuple(mixed(folder).mix.order(seed, epoch)) for seed in range(2) for epoch in range(3)}
+    assert len(set(orders.values())) == 6
+    assert all(tuple(mixed(folder).mix.order(*key)) == order for key, order in reversed(orders.items()))
+
+
+@PACKINGS
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_the_hosts_shares_of_a_mixture_make_up_the_batch_of_one_host(folder, kind, hosts):
+    data, settings = mixed(folder), stage(folder, kind=kind)
+    for step in (0, 5, 41):
+        alone = pipeline.Batches(data, settings, VOCAB)(step)
+        shares = [pipeline.Batches(data, settings, VOCAB, host, hosts)(step) for host in range(hosts)]
+        assert same(alone, {k: np.concatenate([share[k] for share in shares]) for k in alone})
+
+
+@PACKINGS
+def test_a_mixture_resumes_at_any_step(folder, kind):
+    def first(count, start=0):
+        found = pipeline.batches(folder / "a", "train", stage(folder, kind=kind), VOCAB, start)
+        batches = list(itertools.islice(found, count))
+        found.close()
+        return batches
+
+    whole = first(30)  # several epochs
+    for start in (1, 13, 29):
+        assert all(map(same, whole[start:], first(30 - start, start)))
+
+
+def test_a_copy_for_a_worker_is_small_and_gives_the_same_batch(folder):
+    make = pipeline.Batches(mixed(folder), stage(folder), VOCAB)
+    copied = pickle.dumps(make)
+    assert len(copied) < 5000 and same(pickle.loads(copied)(7), make(7))
+
+
+def test_the_fingerprint_names_the_weights(folder):
+    found = {
+        pipeline.fingerprint(mixed(folder, w), stage(folder, w), VOCAB) for w in ((5.0, 3.0, 2.0), (5.0, 2.0, 3.0))
+    }
+    assert len(found) == 2
+    twice = pipeline.fingerprint(mixed(folder, (10.0, 6.0, 4.0)), stage(folder, (10.0, 6.0, 4.0)), VOCAB)
+    assert twice in found  # the same mixture
+
+
+def test_an_epoch_of_one_set_is_what_it_was_without_a_mixture(folder):
+    own = tokens.Tokens(folder / "a", "train")
+    assert mixing.open(folder / "a", "train", Mixture()).mix is None
+    plan = packing.plan(own.lengths, 0, 3, WHOLE)
+    assert sorted(plan.documents) == list(range(61))
+
+
+def test_weights_must_fit_the_sets():
+    with pytest.raises(ValueError, match=r"mixture.weights = \(1.0,\): must be 2 numbers"):
+        Mixture(("x",), (1.0,))
+    with pytest.raises(ValueError, match="must be above 0"):
+        Mixture(("x",), (1.0, 0.0))
+    with pytest.raises(ValueError, match="must be 0 numbers"):
+        Mixture((), (1.0,))
+
+
+def test_a_set_without_tokens_is_refused(folder, tmp_path):
+    tokens.write(tmp_path / "empty", "train", [])
+    with pytest.raises(UserError, match="holds no token"):
+        mixing.open(folder / "a", "train", Mixture((str(tmp_path / "empty"),), (1.0, 1.0)))
+
+
+def test_the_log_tells_of_every_set(folder):
+    lines = mixed(folder).describe()
+    assert len(lines) == 3 and "50." in lines[0].split("%")[0] and "29 documents" in lines[1]
+
+
+@pytest.mark.parametrize("field", ["text", "image"])
+def test_a_set_of_another_tokenizer_is_refused(tmp_path, field):
+    inputs = {"prepare": "p", "text": "t", "image": "i"}
+    stages.write(tmp_path / "a", stages.Record(complete=True, inputs=inputs))
+    stages.write(tmp_path / "b", stages.Record(complete=True, inputs={**inputs, "prepare": "q"}))
+    run.check_set(tmp_path / "b", tmp_path / "a")
+    stages.write(tmp_path / "b", stages.Record(complete=True, inputs={**inputs, field: "other"}))
+    with pytest.raises(UserError, match=f"made with another {field} tokenizer"):
+        run.check_set(tmp_path / "b", tmp_path / "a")
+    with pytest.raises(UserError, match="no finished tokens/ folder"):
+        run.check_set(tmp_path / "c", tmp_path / "a")
+
+
+def test_a_mixture_is_set_by_flags():
+    from cm3jax import cli, flags
+
+    argv = ["configs/cm3leon/tiny.py", "--inputs", "x", "--decoder.mixture.sets", "r/b", "r/c"]
+    argv += ["--decoder.mixture.weights", "5", "3", "2"]
+    found = flags.parse(cli.Train, argv, "cm3jax train", cli.defaults("train", argv)).recipe.decoder.mixture
+    assert found == Mixture(("r/b", "r/c"), (5.0, 3.0, 2.0))
+    assert (
+        config.from_json(DecoderStage, config.to_json(dataclasses.replace(DecoderStage(), mixture=found))).mixture
+        == found
+    )
