@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import pathlib
+import signal
 import sys
 from typing import Annotated, Literal
 
@@ -35,10 +36,12 @@ class Prepare:
     prepare: Annotated[configs.Prepare, flags.FLAT] = configs.Prepare()
     redo: bool = False
     """Make it again from nothing."""
+    hosts: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
 
     def __call__(self):
-        from cm3jax import run
+        from cm3jax import hosts, run
 
+        hosts.start(self.hosts)
         settings = dataclasses.replace(self.prepare, source=self.source)
         recipe = Recipe(name=pathlib.Path(self.out).resolve().name, prepare=settings)
         run.run(recipe, self.out, redo="prepare" if self.redo else "", only="prepare")
@@ -62,10 +65,12 @@ class Train:
     redo: bool = False
     """Train from the start again."""
     recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+    hosts: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
 
     def __call__(self):
-        from cm3jax import run
+        from cm3jax import hosts, run
 
+        hosts.start(self.hosts)
         folder(self.inputs)
         recipe, out = run.adopt(self.recipe, self.inputs, self.stage), self.out or self.inputs
         if self.out:
@@ -82,10 +87,12 @@ class Encode:
     redo: bool = False
     """Make them again from nothing."""
     recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+    hosts: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
 
     def __call__(self):
-        from cm3jax import run
+        from cm3jax import hosts, run
 
+        hosts.start(self.hosts)
         recipe = run.adopt(self.recipe, self.run, "tokens")
         run.run(recipe, self.run, redo="tokens" if self.redo else "", only="tokens")
 
@@ -107,10 +114,12 @@ class Run:
     redo: StageName = ""
     """Stage to make again from nothing, with all that depend on it."""
     recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+    hosts: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
 
     def __call__(self):
-        from cm3jax import run
+        from cm3jax import hosts, run
 
+        hosts.start(self.hosts)
         recipe = self.recipe
         if self.data:
             recipe = dataclasses.replace(recipe, prepare=dataclasses.replace(recipe.prepare, source=self.data))
@@ -307,7 +316,10 @@ FIRST = RECIPES | dict.fromkeys(SAMPLED, "RUN")
 
 
 def main(argv=None) -> int:
-    """Run one command; return its exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C."""
+    """Run one command; return its exit code.
+
+    0, also when SIGTERM stopped a training that then was saved; 2 for a mistake in the input; 130 for Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     settle_platform()
     traceback = "--traceback" in argv or os.environ.get("CM3JAX_TRACEBACK", "0") not in ("", "0")
@@ -322,7 +334,7 @@ def main(argv=None) -> int:
         if traceback:
             raise
         print(f"\ncm3jax: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
-        return 130
+        return 0 if getattr(e, "number", signal.SIGINT) == signal.SIGTERM else 130
     except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
