@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import pathlib
+import signal
 import sys
 from typing import Annotated, Literal
 
@@ -65,10 +66,12 @@ class Train:
     redo: bool = False
     """Train from the start again."""
     recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+    cluster: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
 
     def __call__(self):
-        from cm3jax import run
+        from cm3jax import hosts, run
 
+        hosts.start(self.cluster)
         folder(self.inputs)
         recipe, out = run.adopt(self.recipe, self.inputs, self.stage), self.out or self.inputs
         if self.out:
@@ -89,10 +92,12 @@ class Encode:
     hosts: int = 1
     """Hosts that share the work, on one disk, each with this command; the last to end writes the index."""
     recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+    cluster: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
 
     def __call__(self):
-        from cm3jax import run
+        from cm3jax import hosts, run
 
+        hosts.start(self.cluster)
         make(run.adopt(self.recipe, self.run, "tokens"), self.run, "tokens", self)
 
 
@@ -125,10 +130,12 @@ class Run:
     redo: StageName = ""
     """Stage to make again from nothing, with all that depend on it."""
     recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+    cluster: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
 
     def __call__(self):
-        from cm3jax import run
+        from cm3jax import hosts, run
 
+        hosts.start(self.cluster)
         recipe = self.recipe
         if self.data:
             recipe = dataclasses.replace(recipe, prepare=dataclasses.replace(recipe.prepare, source=self.data))
@@ -325,7 +332,10 @@ FIRST = RECIPES | dict.fromkeys(SAMPLED, "RUN")
 
 
 def main(argv=None) -> int:
-    """Run one command; return its exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C."""
+    """Run one command; return its exit code.
+
+    0, also when SIGTERM stopped a training that then was saved; 2 for a mistake in the input; 130 for Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     settle_platform()
     traceback = "--traceback" in argv or os.environ.get("CM3JAX_TRACEBACK", "0") not in ("", "0")
@@ -340,7 +350,7 @@ def main(argv=None) -> int:
         if traceback:
             raise
         print(f"\ncm3jax: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
-        return 130
+        return 0 if getattr(e, "number", signal.SIGINT) == signal.SIGTERM else 130
     except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -102,6 +102,18 @@ class Training:
             raise ValueError(f"training.ema = {self.ema}: must be at least 0 (none) and below 1")
 
 
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """How the processes of one run, one per host, find each other; TPU pods, GKE and SLURM tell by themselves."""
+
+    coordinator: str = ""
+    """HOST:PORT of the machine that runs process 0; "": as the cluster says."""
+    processes: int = 0
+    """Processes of the run; 0: as the cluster says, else one; 1: this one alone, whatever the cluster says."""
+    process: int = -1
+    """Number of this process, from 0; -1: as the cluster says."""
+
+
 # ------------------------------------------------------------------------------------------------------------- stages
 
 

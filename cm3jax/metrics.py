@@ -171,6 +171,12 @@ class Progress:
         self.bar.close()
 
 
+def say(text: str) -> None:
+    """Print a line above whatever progress bar there is, from any thread."""
+    tqdm.tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
 def _short(number: float) -> str:
     """Return 1234567 as "1.23M"."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

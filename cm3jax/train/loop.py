@@ -6,6 +6,7 @@ owes (evaluation, hooks) when a run is interrupted behind the save is done first
 
 import dataclasses
 import itertools
+import os
 import pathlib
 import signal
 import sys
@@ -16,10 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 
-from cm3jax import checkpoint, metrics, rng, sharding
+from cm3jax import checkpoint, hosts, metrics, rng, sharding
 from cm3jax import config as configs
 from cm3jax.train import state as states
 from cm3jax.train import summary, watch
@@ -32,11 +32,11 @@ AHEAD = 2  # steps that the host may run ahead of the devices: enough to keep th
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the state of `step` is saved, and the same command continues there."""
+    """Ctrl-C or SIGTERM (`number`): the state of `step` is saved, and the same command continues there."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, number: int = signal.SIGINT):
         super().__init__(f"stopped at step {step} and saved; the same command continues from there")
-        self.step = step
+        self.step, self.number = step, number
 
 
 def train(
@@ -72,7 +72,7 @@ def train(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     compiled = compile(task, training, mesh, name)
-    manager = checkpoint.open(folder, training.keep)
+    manager = checkpoint.open(folder, training.keep, say=lambda line: metrics.say(f"{name}: {line}"))
     identity = {"name": name, "seed": training.seed, "batch": training.batch, **(meta or {})}
     try:
         state, start, seconds = _begin(compiled, manager, training, identity)
@@ -157,14 +157,17 @@ def _check_batch(training: configs.Training, mesh) -> None:
 def _begin(compiled: Compiled, manager, training: configs.Training, identity) -> tuple[states.TrainState, int, float]:
     """Return the state to go on from, its step and the seconds trained so far."""
     damage = None
-    for step in sorted(manager.all_steps(), reverse=True):
+    for step in checkpoint.uncommitted(manager) if hosts.lead() else ():
+        print(f"WARNING: {manager.directory / str(step)}: the save of this checkpoint did not end", file=sys.stderr)
+    for step in checkpoint.candidates(manager):
         try:
             saved = checkpoint.load_meta(manager, step)
             _check_identity(manager.directory, step, saved["identity"], identity, training)
             return checkpoint.restore(manager, step, compiled.abstract), step, saved["seconds"]
         except checkpoint.Damaged as e:
             damage = e
-            print(f"WARNING: {e}\nWARNING: trying the checkpoint before it", file=sys.stderr, flush=True)
+            if hosts.lead():
+                print(f"WARNING: {e}\nWARNING: trying the checkpoint before it", file=sys.stderr, flush=True)
     if damage:
         raise damage  # better than to begin again, and overwrite what a person may still want to look at
     return compiled.init(), 0, 0.0
@@ -216,7 +219,7 @@ class _Run:
         self.saved = self.step
         self.pending: list[states.Metrics] = []  # metrics still on the devices, of the last len(pending) steps
         self.compiling = True  # until the first step is done; its time is in no rate
-        self.first = jax.process_index() == 0
+        self.first = hosts.lead()
         self.writer = metrics.Writer(self.folder, self.step) if self.first else None
         self.meter = metrics.Meter(self.seconds)
         self.waited = 0  # of the pending steps, how many are known to be done
@@ -278,22 +281,22 @@ class _Run:
 
     def after_update(self, signals: "_Signals") -> None:
         """Log and save where it is time, stop if asked to, then do what the step owes."""
-        t, stop = self.training, signals.agreed(self.step, self.training.log_every)
+        t, stop = self.training, signals.agreed()
         save = stop or self.step == t.steps or _due(self.step, t.save_every)
         if save or _due(self.step, t.log_every) or self.owes():
             self.log()
         if save:
             self.save(wait=stop)
         if stop:
-            raise Interrupted(self.step)
+            raise Interrupted(self.step, signals.number)
         self.after(signals)
         self.leave_if_asked(signals)
 
     def leave_if_asked(self, signals: "_Signals") -> None:
         """Stop between two pieces of work that follow a step; several hosts stop together after the next step."""
-        if signals.asked and jax.process_count() == 1:
+        if signals.asked and hosts.count() == 1:
             self.save(wait=True)
-            raise Interrupted(self.step)
+            raise Interrupted(self.step, signals.number)
 
     def log(self) -> None:
         """Fetch the pending metrics, stop on one that is not finite, write and show the others."""
@@ -317,9 +320,9 @@ class _Run:
 
     def stop_not_finite(self, what: str, step: int) -> None:
         """Raise the error that names the step; the checkpoints before it stay."""
-        self.manager.wait_until_finished()
-        good = self.manager.latest_step()
-        kept = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
+        self.manager.wait()
+        good = checkpoint.candidates(self.manager)
+        kept = f"the last good checkpoint is step {good[0]}" if good else "there is no checkpoint yet"
         raise UserError(
             f"{self.name}: {what} is not finite at step {step}; {kept}."
             " Lower the learning rate or --training.optimizer.clip, or look at the data of that step"
@@ -330,13 +333,14 @@ class _Run:
         if self.step != self.saved:
             self.save_new()
         if wait or self.step == self.training.steps:
-            self.manager.wait_until_finished()
+            self.manager.wait()
         self.meter.pause()
 
     def save_new(self) -> None:
         if not bool(_all_finite(self.state.params)):
             self.stop_not_finite("a parameter", self.step)
-        meta = {"identity": self.identity, "seconds": self.meter.seconds}
+        settings = configs.to_json(self.training)
+        meta = {"identity": self.identity, "seconds": self.meter.seconds, "training": settings}
         checkpoint.save(self.manager, self.step, self.state, meta)
         self.saved = self.step
 
@@ -362,7 +366,7 @@ class _Run:
         """Write the metrics of the validation batches, unless an earlier run has done so at this step."""
         if self.eval_batches is None or self.compiled.evaluate is None:
             return
-        if self.first and (self.step, "validation") in self.writer.seen and jax.process_count() == 1:
+        if hosts.leads(self.first and (self.step, "validation") in self.writer.seen):
             return
         found = []
         for batch in itertools.islice(self.eval_batches(), self.training.evaluate_batches):
@@ -381,16 +385,28 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+_asked = itertools.count(1)  # numbers the questions to the other hosts, through all trainings of this process
+
+
 class _Signals:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step, the second into an exit at once."""
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step, the second into an exit at once.
+
+    On several hosts the request may reach one only. There jax's runtime takes SIGTERM and tells the others which step
+    to stop at, the same for all; SIGINT is passed on as SIGTERM.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.number = 0  # the signal that asked
         self.old: dict[int, Any] = {}
 
+    @property
+    def asked(self) -> bool:
+        return self.number != 0
+
     def __enter__(self):
+        mine = (signal.SIGINT, signal.SIGTERM) if hosts.count() == 1 else (signal.SIGINT,)
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.old = {s: signal.signal(s, self.handle) for s in mine}
         return self
 
     def __exit__(self, *_):
@@ -400,11 +416,14 @@ class _Signals:
     def handle(self, number, frame) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self.number = number
+        if hosts.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         print("\nstopping after this step; Ctrl-C again aborts at once", file=sys.stderr, flush=True)
 
-    def agreed(self, step: int, every: int) -> bool:
-        """Tell whether to stop: at once on one host; on several at the next log, if any host was asked."""
-        if jax.process_count() == 1:
-            return self.asked
-        return _due(step, max(every, 1)) and bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
+    def agreed(self) -> bool:
+        """Tell whether to stop after this step; all hosts ask after every step, which costs them nothing."""
+        if hosts.count() > 1 and multihost_utils.reached_preemption_sync_point(next(_asked)):
+            self.number = self.number or signal.SIGTERM
+            return True
+        return hosts.count() == 1 and self.asked
