@@ -260,6 +260,9 @@ class Decoder:
     position_std: float = 0.0002
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype; parameters, norms, softmax and loss are float32."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """How training computes attention; the same within rounding. auto: splash (Pallas kernel) on TPU, cudnn on NVIDIA of
+    compute capability >= 8 in bfloat16 without packing.isolate, else xla. Sampling with a cache is always xla."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matrix products, everything."""
 

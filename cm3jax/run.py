@@ -121,8 +121,10 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         " {too_long:,} left out as too long".format(**facts)
     )
     meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": config.to_json(stage.model)}
+    resolved = lm.resolve(stage, device := jax.devices()[0])
+    say(f"decoder: attention by {resolved.model.attention} on {device.device_kind}")
     loop.train(
-        lm.task(stage, vocab),
+        lm.task(resolved, vocab),
         lambda step: pipeline.batches(run / "tokens", "train", stage, vocab, step, *host),
         (lambda: pipeline.eval_batches(run / "tokens", "validation", stage, vocab, True, *host)) if held_out else None,
         stage.training,

@@ -1,5 +1,6 @@
 """The language model: CM3Leon's decoder (arXiv 2309.02591 §2.3), Chameleon's parts as switches (arXiv 2405.09818)."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from cm3jax import config as configs
 from cm3jax import sharding
-from cm3jax.nn import attention, layers
+from cm3jax.nn import attention_paths, layers
 
 Cache = dict[str, Any]
 """{"layers": {"k", "v": [b, g, s, k]} of each layer, "segments": [b, s] of every slot (0 = nothing there)}.
@@ -25,7 +26,7 @@ class Attention(nn.Module):
     config: configs.Decoder
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache, index):
+    def __call__(self, x, positions, seen, cache, index):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         b, t, d = x.shape
         groups = c.kv_heads or c.heads
@@ -39,10 +40,11 @@ class Attention(nn.Module):
             q, k = layers.HeadNorm(c.norm_eps, name="q_norm")(q), layers.HeadNorm(c.norm_eps, name="k_norm")(k)
         if c.position != "learned":
             q, k = layers.rotate(q, positions, c.rope_theta), layers.rotate(k, positions, c.rope_theta)
-        if cache is not None:
+        cached = cache is not None
+        if cached:
             cache = {"k": _put(cache["k"], k, index), "v": _put(cache["v"], v, index)}
             k, v = (cache[name].astype(dtype).swapaxes(1, 2) for name in ("k", "v"))
-        y = attention.attend(q, k, v, mask).reshape(b, t, c.heads * c.head_width)
+        y = attention_paths.attend(c.attention, q, k, v, seen, cached).reshape(b, t, c.heads * c.head_width)
         return layers.Matrix(d, ("heads", "embed"), 0.0, dtype, name="out")(y), cache
 
 
@@ -69,17 +71,17 @@ class Block(nn.Module):
     config: configs.Decoder
 
     @nn.compact
-    def __call__(self, x, cache, positions, mask, index):
+    def __call__(self, x, cache, positions, seen, index):
         c = self.config
         first = layers.Norm(c.norm, c.norm_eps, name="attention_norm")
         second = layers.Norm(c.norm, c.norm_eps, name="mlp_norm")
         attend, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
         if c.norm_order == "pre":
-            y, cache = attend(first(x), positions, mask, cache, index)
+            y, cache = attend(first(x), positions, seen, cache, index)
             x = x + y
             x = x + mlp(second(x))
         else:
-            y, cache = attend(x, positions, mask, cache, index)
+            y, cache = attend(x, positions, seen, cache, index)
             x = x + first(y)
             x = x + second(mlp(x))
         return sharding.constrain(x, "batch", "seq", "width"), cache
@@ -127,16 +129,16 @@ class Decoder(nn.Module):
         keys = segments
         if cache is not None:
             keys = jax.lax.dynamic_update_slice(cache["segments"], segments.astype(jnp.int32), (0, index))
-        mask = attention.visible(segments, keys, index)
+        seen = attention_paths.view(c.attention, segments, keys, index, cache is not None)
 
         if cache is None:
-            x, kv = self._scan(x, positions, mask), None
+            x, kv = self._scan(x, positions, seen), None
         else:
-            x, kv = self._steps(x, cache["layers"], positions, mask, index)
+            x, kv = self._steps(x, cache["layers"], positions, seen, index)
         x = layers.Norm(c.norm, c.norm_eps, name="norm")(x)
         return x, None if cache is None else {"layers": kv, "segments": keys}
 
-    def _scan(self, x, positions, mask):
+    def _scan(self, x, positions, seen):
         """Return x after all layers: compiled once, recomputed by policy in the backward pass."""
         c, block = self.config, Block
         if c.remat != "none":
@@ -150,14 +152,14 @@ class Decoder(nn.Module):
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layer"},
         )
-        return stack(c, name="layers")(x, None, positions, mask, 0)[0]
+        return stack(c, name="layers")(x, None, positions, seen, 0)[0]
 
-    def _steps(self, x, caches, positions, mask, index):
+    def _steps(self, x, caches, positions, seen, index):
         """Return x and the caches after all layers, one after another: a scan would copy every cache out and in."""
         stacked, after = self.variables["params"]["layers"], []
         for layer, cache in enumerate(caches):
             params = jax.tree.map(lambda w: w[layer], stacked)  # noqa: B023
-            x, cache = Block(self.config, parent=None).apply({"params": params}, x, cache, positions, mask, index)
+            x, cache = Block(self.config, parent=None).apply({"params": params}, x, cache, positions, seen, index)
             after.append(cache)
         return x, tuple(after)
 
@@ -203,7 +205,8 @@ def scores(table: Float[Array, "v d"], hidden: Float[Array, "*b d"]) -> Float[Ar
 def init(model: Decoder, key):
     """Return the parameters (boxed with their logical axes); does not depend on batch or length."""
     one = jnp.ones((1, 1), jnp.int32)
-    return model.init(key, one, one, one)["params"]
+    plain = dataclasses.replace(model.config, attention="xla")  # has no parameters; a kernel would refuse one token
+    return model.clone(config=plain).init(key, one, one, one)["params"]
 
 
 def init_cache(config: configs.Decoder, batch: int, length: int, dtype=None) -> Cache:

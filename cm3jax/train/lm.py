@@ -8,9 +8,10 @@ import optax
 
 from cm3jax import config as configs
 from cm3jax import optim
-from cm3jax.nn import decoder
+from cm3jax.nn import attention_paths, decoder
 from cm3jax.objectives import lm
 from cm3jax.train import state as states
+from cm3jax.types import UserError
 from cm3jax.vocab import Vocab
 
 MODALITIES = ("text", "image", "infill")
@@ -20,6 +21,21 @@ MODALITIES = ("text", "image", "infill")
 def model(stage: configs.DecoderStage, vocab: Vocab) -> decoder.Decoder:
     """Return the network that a stage trains."""
     return decoder.Decoder(stage.model, vocab.size, stage.packing.length)
+
+
+def resolve(stage: configs.DecoderStage, device: jax.Device) -> configs.DecoderStage:
+    """Return the stage with attention "auto" replaced by the best path for a device, such as one of an absent slice.
+
+    Raises:
+      UserError: if the stage asks for a path that this device, or the shape of the stage, does not allow.
+    """
+    refusal = lambda path: attention_paths.refusal(path, stage.model, stage.packing, device)  # noqa: E731
+    path = stage.model.attention
+    if path == "auto":
+        path = next(p for p in ("splash", "cudnn", "xla") if not refusal(p))
+    elif reason := refusal(path):
+        raise UserError(f"decoder.model.attention = {path}: {reason}; use auto or xla")
+    return dataclasses.replace(stage, model=dataclasses.replace(stage.model, attention=path))
 
 
 def task(stage: configs.DecoderStage, vocab: Vocab) -> states.Task:
