@@ -18,6 +18,7 @@ FLOORS = [
     {"checkpoint", "optim", "metrics", "stages"},
     {"train", "sample"},
     {"evaluate"},
+    {"plan"},
     {"run", "report", "curves", "bench", "doctor", "hooks", "png", "flags"},
     {"cli"},
 ]
