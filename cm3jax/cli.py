@@ -20,6 +20,7 @@ from cm3jax.config import Recipe, Sampling
 from cm3jax.types import UserError
 
 MASK = "<mask>"  # sample.generate's, which would load jax
+PUBLISHED = "published"
 TrainedStage = Literal["decoder", "image", "text"]
 StageName = Literal["", "prepare", "text", "image", "tokens", "decoder", "evaluate"]
 
@@ -307,6 +308,8 @@ class Plan:
         os.environ.update(environment.NEEDED)
         from cm3jax.plan import show
 
+        if self.config == PUBLISHED:
+            return show.published()
         if self.use == "sample":
             return show.sampling(self.recipe, self.topology, self.slices, self.rows, self.json)
         return show.training(self.recipe, self.topology, self.slices, self.search, self.json)
@@ -417,6 +420,8 @@ def defaults(verb: str, argv: list[str]):
         raise UserError(f"{verb}: needs {FIRST[verb]} as its first argument; see cm3jax {verb} --help")
     if verb in SAMPLED:
         return flags.blank(cls, sampling=chosen(folder(argv[0]), verb))
+    if argv[0] == PUBLISHED and verb == "plan":
+        return flags.blank(cls)
     return flags.blank(cls, recipe=run_recipe(argv[0]) if RECIPES[verb] == "RUN" else configs.load(argv[0]))
 
 

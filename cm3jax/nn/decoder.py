@@ -223,7 +223,7 @@ def init_cache(config: configs.Decoder, batch: int, length: int, dtype=None) -> 
 def parameter_count(config: configs.Decoder, vocab: int, length: int) -> int:
     """Return the number of parameters in closed form."""
     d, mlp, groups = config.width, config.mlp_width or 4 * config.width, config.kv_heads or config.heads
-    attention_ = 2 * d * d + 2 * d * groups * config.head_width
+    attention_ = 2 * d * (config.heads + groups) * config.head_width
     if config.qk_norm:
         attention_ += 2 * (config.heads + groups) * config.head_width
     norms = d if config.norm == "rmsnorm" else 0

@@ -161,9 +161,7 @@ def _layer_values(model: configs.Decoder, tensor: int) -> float:
     """Return the values that one token's forward pass of a layer reads and writes, attention aside."""
     d, mlp, groups = model.width, model.mlp_width or 4 * model.width, model.kv_heads or model.heads
     inner, products = model.heads * model.head_width, 3 if model.activation == "swiglu" else 2
-    split = (
-        2 * inner + 2 * groups * model.head_width + (2 * products - 1) * mlp
-    )  # outputs of in-, inputs of out-products
+    split = 2 * inner + 2 * groups * model.head_width + products * mlp  # what in-products write, out-products read
     whole = 3 * d + d + (products - 1) * d + d + 2 * (2 * d) + 2 * (3 * d)
     return split / tensor + whole
 

@@ -1,7 +1,7 @@
 """From work and rates to seconds: two figures between which a run should fall, not a prediction.
 
-`seconds.low`: everything overlaps, and the step takes as long as its largest term. `seconds.high`: nothing overlaps, and it
-takes the sum. Both at the rates of `slices.CHIPS`; a run that is slower than the sum has a fault worth finding.
+`seconds.low`: everything overlaps, and the step takes as long as its largest term. `seconds.high`: nothing overlaps,
+and it takes the sum. Both at the rates of `slices.CHIPS`; a run that is slower than the sum has a fault worth finding.
 """
 
 import dataclasses

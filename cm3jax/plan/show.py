@@ -4,6 +4,7 @@ import json
 import sys
 
 from cm3jax.config import Recipe
+from cm3jax.plan import published as runs
 from cm3jax.plan import slices, table
 from cm3jax.plan import training as trainings
 
@@ -20,3 +21,13 @@ def training(recipe: Recipe, topology: str, count: int, search: bool, as_json: b
             print(f"fits with {change.flags}", file=sys.stderr)
     print(json.dumps(plan.to_json()) if as_json else table.text(plan, recipe.decoder.training, change))
     return 0 if plan.fits else 1
+
+
+def published() -> int:
+    """Plan the published runs of others and print theirs beside ours; return 0 if most lie between our two figures."""
+    found = []
+    for run in runs.RUNS:
+        found.append(line := runs.compare(run))
+        print(f"{run.name}: {line.seconds:.0f} s", file=sys.stderr, flush=True)
+    print(runs.text(found))
+    return 0 if sum(line.inside for line in found) > len(found) / 2 else 1

@@ -1,7 +1,7 @@
 """TPU slices: what they are called, their chips, and what one chip can do.
 
-Users (and Google's price list) say v5p-128, the compiler says v5p:4x4x4. The numbers do not mean the same: v4-N and v5p-N
-count TensorCores, two a chip, v5e-N and v6e-N count chips.
+Users (and Google's price list) say v5p-128, the compiler says v5p:4x4x4. The numbers do not mean the same: v4-N and
+v5p-N count TensorCores, two a chip, v5e-N and v6e-N count chips.
 """
 
 import dataclasses

@@ -46,11 +46,11 @@ def _program(plan: Plan) -> str:
     model, training = plan.stage.model, plan.stage.training
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     rows = training.batch // (plan.mesh["replica"] * plan.mesh["fsdp"] * training.accumulate)
-    return (
-        f"{plan.params:,} parameters; attention {model.attention}, remat {model.remat}; mesh {mesh}\n"
-        f"{training.batch} rows of {plan.stage.packing.length} in {training.accumulate} parts, {rows} rows a chip and part"
-        + (f"; compiled in {plan.compile_seconds:.0f} s" if plan.compile_seconds else "")
-    )
+    lines = [
+        f"{plan.params:,} parameters; attention {model.attention}, remat {model.remat}; mesh {mesh}",
+        f"{training.batch} rows of {plan.stage.packing.length} in {training.accumulate} parts, of which {rows} a chip",
+    ]
+    return "\n".join(lines) + (f"; compiled in {plan.compile_seconds:.0f} s" if plan.compile_seconds else "")
 
 
 def _memory(plan: Plan) -> str:
