@@ -130,7 +130,7 @@ def training_in_jax(stage: configs.DecoderStage, vocab: vocabulary.Vocab, batch,
     """Return the work of a round: `steps` updates of the one training task."""
     from cm3jax.train import lm
 
-    task = lm.task(stage, vocab)
+    task = lm.task(lm.resolve(stage, jax.devices()[0]), vocab)
     state = jax.jit(lambda key: sharding.unbox(task.init(key)))(jax.random.key(0))
     step = jax.jit(task.step, donate_argnums=0)
 

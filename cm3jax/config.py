@@ -49,6 +49,8 @@ class Optimizer:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment (Adam's and Muon's); bfloat16 saves 2 bytes a parameter. The second is always float32."""
     weight_decay: float = 0.1
     clip: float = 1.0
     """Clip the global gradient norm to this; 0 for never."""
@@ -265,8 +267,9 @@ class Decoder:
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """How training computes attention; the same within rounding. auto: splash (Pallas kernel) on TPU, cudnn on NVIDIA of
     compute capability >= 8 in bfloat16 without packing.isolate, else xla. Sampling with a cache is always xla."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing, all but matrix products, everything."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What the backward pass recomputes: nothing, all but matrix products, everything from each layer's input on; offload
+    is full with these inputs in the host's memory."""
 
     def __post_init__(self):
         if not self.head_size and self.width % self.heads:

@@ -91,7 +91,7 @@ def _is_dims(x) -> bool:
 
 def _adamw(config: configs.Optimizer, steps: int, decayed) -> optax.GradientTransformation:
     return optax.chain(
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype),
         # a function, so that inside a partition the mask meets parameters of the partition's own structure
         optax.add_decayed_weights(config.weight_decay, lambda tree: _like(decayed, tree, False)),
         optax.scale_by_learning_rate(schedule(config, steps, config.peak_lr)),
@@ -106,7 +106,9 @@ def _muon(config: configs.Optimizer, steps: int, dims) -> optax.GradientTransfor
         return jax.tree.map(lambda u, d: u * _width_scale(u.shape, d), updates, masked)
 
     return optax.chain(
-        optax.contrib.scale_by_muon(beta=MUON_MOMENTUM, eps=config.eps, weight_dimension_numbers=masked),
+        optax.contrib.scale_by_muon(
+            beta=MUON_MOMENTUM, eps=config.eps, mu_dtype=config.moment_dtype, weight_dimension_numbers=masked
+        ),
         optax.stateless(scale),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule(config, steps, config.muon_lr)),

@@ -120,7 +120,8 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         "decoder: {documents:,} documents of {tokens:,} tokens in {rows:,} rows an epoch, {filled:.0%} filled,"
         " {too_long:,} left out as too long".format(**facts)
     )
-    meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": config.to_json(stage.model)}
+    model = stages.significant(config.to_json(stage.model), "decoder.model")
+    meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": model}
     resolved = lm.resolve(stage, device := jax.devices()[0])
     say(f"decoder: attention by {resolved.model.attention} on {device.device_kind}")
     loop.train(

@@ -24,6 +24,8 @@ FILE = "stage.json"
 INTERVALS = {"log_every", "evaluate_every", "evaluate_batches", "sample_every", "save_every", "keep"}
 VOLATILE = INTERVALS | {"workers", "mesh", "accumulate"}
 """Settings that may change between two runs of a stage: they steer how it runs, not what comes out."""
+VOLATILE_PATHS = {"decoder.model.attention", "decoder.model.remat", "decoder.loss_chunk"}
+"""More of these, by their whole name."""
 LOGS = ("metrics.jsonl", "events.out.tfevents", FILE)
 SAMPLES = "samples"
 BLOCK = 64 * 1024
@@ -81,11 +83,16 @@ def write_text(path: pathlib.Path, text: str) -> None:
 # ----------------------------------------------------------------------------------------------------- what has changed
 
 
-def significant(settings):
-    """Return settings (JSON types) without those that do not decide the result."""
-    if isinstance(settings, dict):
-        return {k: significant(v) for k, v in settings.items() if k not in VOLATILE}
-    return settings
+def significant(settings, where: str = ""):
+    """Return settings (JSON types) without those that do not decide the result; `where` is their place in a recipe."""
+    if not isinstance(settings, dict):
+        return settings
+    paths = {k: f"{where}.{k}" if where else k for k in settings}
+    return {
+        k: significant(v, paths[k])
+        for k, v in settings.items()
+        if k not in VOLATILE and paths[k] not in VOLATILE_PATHS
+    }
 
 
 def flatten(settings, where: str = "") -> dict[str, Any]:

@@ -63,7 +63,7 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def refusal(path: str, config: configs.Decoder, packing: configs.Packing, device: jax.Device) -> str:
+def refusal(path: str, config: configs.Decoder, packing: configs.Packing, device: Any) -> str:
     """Return why a path cannot train this decoder on this device, "" if it can."""
     if path == "splash":
         if device.platform != "tpu":
@@ -74,7 +74,7 @@ def refusal(path: str, config: configs.Decoder, packing: configs.Packing, device
     return ""
 
 
-def _cudnn_refusal(config: configs.Decoder, packing: configs.Packing, device: jax.Device) -> str:
+def _cudnn_refusal(config: configs.Decoder, packing: configs.Packing, device: Any) -> str:
     """jax's own conditions, `jax._src.cudnn.fused_attention_stablehlo.check_is_flash_attention`."""
     capability = str(getattr(device, "compute_capability", ""))
     number = float(capability) if capability.replace(".", "", 1).isdigit() else 0.0  # AMD's are words

@@ -6,11 +6,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from cm3jax import config as configs
 from cm3jax import sharding
-from cm3jax.nn import attention_paths, layers
+from cm3jax.nn import attention_paths, attention_splash, layers
+
+LAYER_INPUT = "layer_input"
+"""Name of what each layer gets, for remat policies."""
 
 Cache = dict[str, Any]
 """{"layers": {"k", "v": [b, g, s, k]} of each layer, "segments": [b, s] of every slot (0 = nothing there)}.
@@ -73,6 +77,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, cache, positions, seen, index):
         c = self.config
+        x = checkpoint_name(x, LAYER_INPUT)
         first = layers.Norm(c.norm, c.norm_eps, name="attention_norm")
         second = layers.Norm(c.norm, c.norm_eps, name="mlp_norm")
         attend, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
@@ -142,8 +147,7 @@ class Decoder(nn.Module):
         """Return x after all layers: compiled once, recomputed by policy in the backward pass."""
         c, block = self.config, Block
         if c.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
+            block = nn.remat(Block, prevent_cse=False, policy=kept(c.remat))
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -162,6 +166,26 @@ class Decoder(nn.Module):
             x, cache = Block(self.config, parent=None).apply({"params": params}, x, cache, positions, seen, index)
             after.append(cache)
         return x, tuple(after)
+
+
+def kept(remat: str):
+    """Return jax's policy of what a layer keeps for its backward pass; None: its input alone.
+
+    dots keeps the products with weights, and of the splash kernel what its own backward pass asks for. offload keeps
+    what full keeps, the input of every layer, in the host's memory.
+    """
+    policies = jax.checkpoint_policies
+    if remat == "dots":
+        kernel = policies.save_only_these_names(attention_splash.SAVED)
+        return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kernel)
+    if remat == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return None
 
 
 def _put(old: Float[Array, "b g s k"], new: Float[Array, "b t g k"], index) -> Float[Array, "b g s k"]:

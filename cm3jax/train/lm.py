@@ -1,6 +1,7 @@
 """The decoder as a task of the training loop (arXiv 2309.02591 §2.2-2.3)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def model(stage: configs.DecoderStage, vocab: Vocab) -> decoder.Decoder:
     return decoder.Decoder(stage.model, vocab.size, stage.packing.length)
 
 
-def resolve(stage: configs.DecoderStage, device: jax.Device) -> configs.DecoderStage:
+def resolve(stage: configs.DecoderStage, device: Any) -> configs.DecoderStage:
     """Return the stage with attention "auto" replaced by the best path for a device, such as one of an absent slice.
 
     Raises:
