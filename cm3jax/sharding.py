@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.core import meta
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import cm3jax.config as configs
@@ -74,7 +75,20 @@ def mesh(config: configs.Mesh, devices=None) -> Mesh:
     if count < len(devices) and len({d.process_index for d in devices}) > 1:
         raise UserError(f"mesh {_text(sizes)} leaves out devices of other hosts: {len(devices)} devices; set one to -1")
     types = (AxisType.Auto,) * len(AXES)  # make_mesh's default, Explicit, is not for linen modules
+    if (several := len({getattr(d, "slice_index", 0) for d in devices})) > 1:
+        return Mesh(_hybrid(sizes, devices, several), AXES, axis_types=types)
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+
+
+def _hybrid(sizes: tuple[int, ...], devices, several: int) -> np.ndarray:
+    """Return the devices of several slices as an array: only `replica` crosses between slices, the slowest way."""
+    replica, *inner = sizes
+    if replica % several or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh {_text(sizes)}: {len(devices)} devices in {several} slices; --mesh.replica must be a multiple of"
+            f" {several}, as only copies of the model reach over several slices, and the mesh must use every device"
+        )
+    return mesh_utils.create_hybrid_device_mesh((replica // several, *inner), (several, 1, 1), devices)
 
 
 def _sizes(config: configs.Mesh, count: int) -> tuple[int, ...]:

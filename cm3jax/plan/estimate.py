@@ -46,15 +46,23 @@ def terms(
     chip, work = target.chip, costs.work(shape)
     # A head narrower than the matrix unit leaves a part of it idle, in both products of attention.
     width = min(1.0, shape.stage.model.head_width / chip.mxu)
-    abroad = [c for c in collectives if crosses(order, c.group)]
     return Terms(
         matrices=work.matrices / chip.flops,
         attention=work.attention / chip.flops / width,
         hbm=work.hbm / chip.hbm,
-        ici=hlo.seconds([c for c in collectives if c not in abroad], lambda group: ici(target, order, group)),
-        dcn=hlo.seconds(abroad, lambda _: chip.dcn),
         host=work.host / chip.host,
+        **exchanges(target, order, collectives),
     )
+
+
+def exchanges(target: slices.Slice, order: list[jax.Device], collectives: list[hlo.Collective]) -> dict[str, float]:
+    """Return the seconds of all collectives: {"ici": within slices, "dcn": between them}."""
+    abroad = [c for c in collectives if crosses(order, c.group)]
+    within = [c for c in collectives if not crosses(order, c.group)]
+    return {
+        "ici": hlo.seconds(within, lambda group: ici(target, order, group)),
+        "dcn": hlo.seconds(abroad, lambda _: target.chip.dcn),
+    }
 
 
 def crosses(order: list[jax.Device], group: tuple[int, ...]) -> bool:

@@ -34,6 +34,10 @@ class Step:
     mesh: jax.sharding.Mesh
     compiled: loop.Compiled
 
+    def model(self, vocab: Vocab):
+        """Return the network."""
+        return lm.model(self.stage, vocab)
+
     def lower(self) -> jax.stages.Lowered:
         with jax.set_mesh(self.mesh):
             return self.compiled.step.lower(self.compiled.abstract, batch(self.stage, self.mesh))

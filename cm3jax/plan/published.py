@@ -1,9 +1,9 @@
 """The method on runs whose speed others have published: does the true figure lie between our two?
 
-Their models are built with our switches and compiled for their slices. Where they keep other things for the backward pass
-than our `remat` can say, the costs say so; what is exchanged is then that of the nearest program of ours.
-MFU here is by MaxText's own count, which has the whole square of attention where ours has the half that is seen: 4.546 s
-and 417.397 TFLOP/s of the run on v6e fit that count to four digits.
+Their models are built with our switches and compiled for their slices. Where they keep other things for the backward
+pass than our `remat` can say, the costs say so; what is exchanged is then that of the nearest program of ours.
+MFU here is by MaxText's own count, which has the whole square of attention where ours has the half that is seen: the
+4.546 s and 417.397 TFLOP/s of the run on v6e fit that count to four digits.
 """
 
 import dataclasses
@@ -147,10 +147,9 @@ def text(lines: list[Line]) -> str:
     for line in lines:
         inside = "yes" if line.inside else f"no, by {_distance(line):+.3f}"
         ours = f"{line.low:.3f} to {line.high:.3f}" if line.plan.terms else line.plan.refusal
-        size = f"{line.plan.params / 1e9:.1f}B"
-        rows.append(
-            f"| {line.run.name} | {line.run.topology} | {size} | {line.run.mfu:.3f} | {ours} | {inside} | {line.run.source} |"
-        )
+        run, size = line.run, f"{line.plan.params / 1e9:.1f}B"
+        cells = (run.name, run.topology, size, f"{run.mfu:.3f}", ours, inside, run.source)
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

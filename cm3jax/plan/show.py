@@ -5,6 +5,7 @@ import sys
 
 from cm3jax.config import Recipe
 from cm3jax.plan import published as runs
+from cm3jax.plan import sampling as drawing
 from cm3jax.plan import slices, table
 from cm3jax.plan import training as trainings
 
@@ -20,6 +21,13 @@ def training(recipe: Recipe, topology: str, count: int, search: bool, as_json: b
             change, plan = found
             print(f"fits with {change.flags}", file=sys.stderr)
     print(json.dumps(plan.to_json()) if as_json else table.text(plan, recipe.decoder.training, change))
+    return 0 if plan.fits else 1
+
+
+def sampling(recipe: Recipe, topology: str, count: int, rows: int, as_json: bool) -> int:
+    """Plan drawing a batch of pictures and print it; return 0 if it fits, 1 if not."""
+    plan = drawing.plan(recipe, slices.parse(topology, count), rows)
+    print(json.dumps(plan.to_json()) if as_json else table.text(plan))
     return 0 if plan.fits else 1
 
 

@@ -14,14 +14,18 @@ TERMS = {
 }
 
 
-def text(plan: Plan, training: configs.Training, change: Change | None) -> str:
+def text(plan: Plan, training: configs.Training | None = None, change: Change | None = None) -> str:
     """Return the table of one plan.
 
     Args:
-      training: Steps, for the days of the whole run.
+      training: Steps, for the days of the whole run; None: this is a plan of drawing pictures.
       change: The cheapest change to try if it does not fit.
     """
-    rows = [("slice", plan.target.describe()), ("program", _program(plan)), ("HBM per chip", _memory(plan))]
+    rows = [
+        ("slice", plan.target.describe()),
+        ("program", _program(plan, drawing=not training)),
+        ("HBM per chip", _memory(plan)),
+    ]
     if plan.fits and plan.terms:
         rows += _speed(plan, training)
     if plan.rematerialized:
@@ -29,7 +33,8 @@ def text(plan: Plan, training: configs.Training, change: Change | None) -> str:
     if plan.refusal:
         rows.append(("compiler", plan.refusal))
     if not plan.fits:
-        hint = f"{change.flags}; or --search, which compiles such changes" if change else "a larger slice"
+        smaller = "a larger slice, fewer --rows, or --decoder.tensor" if not training else "a larger slice"
+        hint = f"{change.flags}; or --search, which compiles such changes" if change else smaller
         rows.append(("to try", hint))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {line}" for name, value in rows for name, line in _lines(name, value))
@@ -42,13 +47,16 @@ def _lines(name: str, value: str):
         yield "", line
 
 
-def _program(plan: Plan) -> str:
+def _program(plan: Plan, drawing: bool) -> str:
     model, training = plan.stage.model, plan.stage.training
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     rows = training.batch // (plan.mesh["replica"] * plan.mesh["fsdp"] * training.accumulate)
+    batch = (
+        f"{training.batch} rows of {plan.stage.packing.length} in {training.accumulate} parts, of which {rows} a chip"
+    )
     lines = [
-        f"{plan.params:,} parameters; attention {model.attention}, remat {model.remat}; mesh {mesh}",
-        f"{training.batch} rows of {plan.stage.packing.length} in {training.accumulate} parts, of which {rows} a chip",
+        f"{plan.params:,} parameters; mesh {mesh}",
+        f"{plan.tokens:,} codes drawn" if drawing else f"{batch}; attention {model.attention}, remat {model.remat}",
     ]
     return "\n".join(lines) + (f"; compiled in {plan.compile_seconds:.0f} s" if plan.compile_seconds else "")
 
@@ -61,26 +69,26 @@ def _memory(plan: Plan) -> str:
     return f"{total}: does not fit, by {(plan.total - plan.limit) / GIB:.2f} GiB"
 
 
-def _speed(plan: Plan, training: configs.Training) -> list[tuple[str, str]]:
+def _speed(plan: Plan, training: configs.Training | None) -> list[tuple[str, str]]:
     flops, (fast, slow), (low, high) = plan.flops, plan.seconds, plan.mfu
     parts = {name: getattr(plan.terms, name) for name in TERMS}
     shares = "\n".join(f"{TERMS[name]:24} {s:8.3f} s" for name, s in parts.items() if s)
     exchanged = hlo.summary(list(plan.collectives))
     kinds = "\n".join(f"{kind:18} {v['count']:6} times {v['gib']:10.2f} GiB" for kind, v in exchanged.items())
-    days = [s * training.steps / 86400 for s in (fast, slow)]
-    budget = training.steps * plan.tokens
-    return [
-        ("exchanges, a step", kinds or "none"),
-        (
-            "FLOPs, a step",
-            f"model {flops.model:.3e}, attention {flops.attention:.3e}, recomputed {flops.recompute:.3e}",
-        ),
-        ("seconds, a step", f"{fast:.3f} (all overlaps) to {slow:.3f} (nothing does), of\n{shares}"),
+    counted = f"model {flops.model:.3e}, attention {flops.attention:.3e}, recomputed {flops.recompute:.3e}"
+    rows = [
+        ("exchanges", kinds or "none"),
+        ("FLOPs", counted),
+        ("seconds", f"{fast:.3f} (all overlaps) to {slow:.3f} (nothing does), of\n{shares}"),
         ("MFU", f"{low:.3f} to {high:.3f}"),
         ("tokens/s", f"{plan.rate[0]:,.0f} to {plan.rate[1]:,.0f}"),
-        (
-            "the whole run",
-            f"{budget:.3e} tokens: {days[0]:.1f} to {days[1]:.1f} days,"
-            f" {days[0] * 24 * plan.target.chips:,.0f} to {days[1] * 24 * plan.target.chips:,.0f} chip-hours",
-        ),
     ]
+    return rows + ([("the whole run", _budget(plan, training))] if training else [])
+
+
+def _budget(plan: Plan, training: configs.Training) -> str:
+    """Return the days and chip-hours of all steps."""
+    days = [s * training.steps / 86400 for s in plan.seconds]
+    hours = [d * 24 * plan.target.chips for d in days]
+    tokens = training.steps * plan.tokens
+    return f"{tokens:.3e} tokens: {days[0]:.1f} to {days[1]:.1f} days, {hours[0]:,.0f} to {hours[1]:,.0f} chip-hours"

@@ -30,6 +30,7 @@ class Plan:
       fits: Whether it does.
       refusal: The compiler's line if not.
       flops: Of a step.
+      tokens: Of a step.
       collectives: Of the compiled program; () if there is none.
       terms: Seconds; None if there is no program.
       rematerialized: Lines of the compiler's log.
@@ -46,15 +47,33 @@ class Plan:
     fits: bool
     refusal: str
     flops: costs.Flops
+    tokens: int
     collectives: tuple[hlo.Collective, ...] = ()
     terms: estimate.Terms | None = None
     rematerialized: tuple[str, ...] = ()
     compile_seconds: float = 0.0
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.stage.training.batch * self.stage.packing.length
+    def compiled(self, lower: Callable, mesh: jax.sharding.Mesh, terms: Callable) -> "Plan":
+        """Return the plan with what compiling the program shows.
+
+        Args:
+          lower: () -> what is to be compiled.
+          terms: Its collectives -> `estimate.Terms`.
+        """
+        try:
+            program = compiler.program(lower)
+        except compiler.TooLarge as e:
+            return dataclasses.replace(self, total=e.needed, limit=e.limit, refusal=e.message)
+        found = hlo.collectives(program.text, mesh.size)
+        return dataclasses.replace(
+            self,
+            total=program.total,
+            fits=program.total <= self.limit,
+            collectives=tuple(found),
+            terms=terms(found),
+            rematerialized=program.rematerialized,
+            compile_seconds=program.seconds,
+        )
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -123,21 +142,10 @@ def plan(recipe: Recipe, target: slices.Slice, devices: list[jax.Device] | None 
         fits=False,
         refusal="",
         flops=costs.flops(shape),
+        tokens=shape.tokens,
     )
-    try:
-        program = compiler.program(step.lower)
-    except compiler.TooLarge as e:
-        return dataclasses.replace(known, total=e.needed, limit=e.limit, refusal=e.message)
-    collectives = hlo.collectives(program.text, step.mesh.size)
-    return dataclasses.replace(
-        known,
-        total=program.total,
-        fits=program.total <= known.limit,
-        collectives=tuple(collectives),
-        terms=estimate.terms(target, list(step.mesh.devices.flat), shape, collectives),
-        rematerialized=program.rematerialized,
-        compile_seconds=program.seconds,
-    )
+    order = list(step.mesh.devices.flat)
+    return known.compiled(step.lower, step.mesh, lambda found: estimate.terms(target, order, shape, found))
 
 
 # -------------------------------------------------------------------------------------------------------------- search
