@@ -22,6 +22,7 @@ from cm3jax.config import Recipe, Sampling
 from cm3jax.types import UserError
 
 MASK = "<mask>"  # sample.generate's, which would load jax
+PUBLISHED = "published"
 TrainedStage = Literal["decoder", "image", "text"]
 StageName = Literal["", "prepare", "text", "image", "tokens", "decoder", "evaluate"]
 
@@ -302,6 +303,44 @@ class Bench:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compile a recipe's training for a TPU slice that is not there: does it fit, and how long would it take.
+
+    cm3jax plan configs/cm3leon/7b.py --topology v5e-256
+
+    Needs no TPU, but its compiler: pip install 'cm3jax[tpu]'.
+    """
+
+    config: Positional[Annotated[str, arg(metavar="RECIPE")]]
+    """Recipe file; the flags below change single settings. "published": the method on runs of others."""
+    topology: str = "v5e-256"
+    """Slice, as users name it (v5p-128), as the compiler does (v5p:4x4x4), or both (v5p-128=v5p:4x4x4)."""
+    slices: int = 1
+    """Number of such slices, joined by the data-center network."""
+    use: Annotated[Literal["train", "sample"], arg(name="for")] = "train"
+    """What to compile: the train step, or prefill and the decode loop."""
+    rows: int = 0
+    """--for sample: pictures drawn at one time; 0: one a chip."""
+    search: bool = False
+    """If it does not fit, try changes, the cheapest first, until one does."""
+    json: bool = False
+    """Print JSON to standard output, and nothing else."""
+    recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+
+    def __call__(self):
+        from cm3jax.plan import environment
+
+        os.environ.update(environment.NEEDED)
+        from cm3jax.plan import show
+
+        if self.config == PUBLISHED:
+            return show.published()
+        if self.use == "sample":
+            return show.sampling(self.recipe, self.topology, self.slices, self.rows, self.json)
+        return show.training(self.recipe, self.topology, self.slices, self.search, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Show versions, devices, memory and disk, what is missing and how to get it."""
 
@@ -320,10 +359,11 @@ VERBS = {
     "caption": Caption,
     "infill": Infill,
     "evaluate": Evaluate,
+    "plan": Plan,
     "bench": Bench,
     "doctor": Doctor,
 }
-RECIPES = {"run": "RECIPE", "train": "CONFIG", "encode": "RUN", "evaluate": "RUN"}
+RECIPES = {"run": "RECIPE", "plan": "RECIPE", "train": "CONFIG", "encode": "RUN", "evaluate": "RUN"}
 SAMPLED = {"generate": "text_to_image", "caption": "image_to_text", "infill": "infill"}
 FIRST = RECIPES | dict.fromkeys(SAMPLED, "RUN")
 """Verbs whose first argument names where the defaults of their flags come from: a recipe, a run, a run's scores."""
@@ -423,6 +463,8 @@ def defaults(verb: str, argv: list[str]):
         raise UserError(f"{verb}: needs {FIRST[verb]} as its first argument; see cm3jax {verb} --help")
     if verb in SAMPLED:
         return flags.blank(cls, sampling=chosen(folder(argv[0]), verb))
+    if argv[0] == PUBLISHED and verb == "plan":
+        return flags.blank(cls)
     return flags.blank(cls, recipe=run_recipe(argv[0]) if RECIPES[verb] == "RUN" else configs.load(argv[0]))
 
 

@@ -267,6 +267,8 @@ class Decoder:
     heads: int = 16
     kv_heads: int = 0
     """Heads of keys and values (grouped-query attention); 0: as many as `heads`."""
+    head_size: int = 0
+    """Width of a head; 0: width / heads."""
     mlp_width: int = 0
     """Width of the feed-forward layer; 0: 4 x width."""
     activation: Literal["relu", "swiglu"] = "relu"
@@ -294,14 +296,14 @@ class Decoder:
     is full with these inputs in the host's memory."""
 
     def __post_init__(self):
-        if self.width % self.heads:
+        if not self.head_size and self.width % self.heads:
             raise ValueError(f"decoder.model.width = {self.width} is not a multiple of heads = {self.heads}")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"decoder.model.heads = {self.heads} is not a multiple of kv_heads = {self.kv_heads}")
 
     @property
     def head_width(self) -> int:
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ FLOORS = [
     {"checkpoint", "optim", "metrics", "stages"},
     {"train", "sample"},
     {"evaluate"},
+    {"plan"},
     {"run", "parts", "report", "curves", "bench", "doctor", "hooks", "png", "flags"},
     {"cli"},
 ]

@@ -121,12 +121,12 @@ class Decoder(nn.Module):
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         table = self.param("table", _named(c.init_std, "vocab", "table_width"), (self.vocab, c.width), jnp.float32)
-        x = table[ids]
+        x = _rows(table, ids, dtype)
         if c.position != "rope":
             place = self.param(
-                "positions", _named(c.position_std, "position", "table_width"), (self.length, c.width), jnp.float32
+                "positions", _named(c.position_std, "position", "embed"), (self.length, c.width), jnp.float32
             )
-            x = x + place[positions]
+            x = x + _rows(place, positions, dtype)
         if not c.tied:
             self.param("head", _named(0.0, "vocab", "table_width"), (self.vocab, c.width), jnp.float32)
         x = sharding.constrain(x.astype(dtype), "batch", "seq", "width")
@@ -197,11 +197,33 @@ def _named(std: float, *axes: str):
     return nn.with_logical_partitioning(layers.truncated(std) if std else nn.initializers.zeros, axes)
 
 
+def _rows(table: Float[Array, "v d"], at: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
+    """Return rows of a table, float32, as rounded to `dtype`.
+
+    Under a mesh the chips gather the table in `dtype` first: they look up different rows, and the gradient is summed in
+    float32 on each before they exchange it.
+    """
+    return gathered(table, dtype).astype(jnp.float32)[at]
+
+
+def gathered(table: Float[Array, "v d"], dtype) -> Float[Array, "v d"]:
+    """Return a table in `dtype`, split over `tensor` only."""
+    return sharding.constrain(table.astype(dtype), "vocab_out", None)
+
+
 def logits(params, config: configs.Decoder, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
     """Return float32 scores of the next token over the whole table."""
-    table = params["table"] if config.tied else params["head"]
-    dtype = jnp.dtype(config.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, table.astype(dtype), preferred_element_type=jnp.float32)
+    return scores(output(params, config), hidden)
+
+
+def output(params, config: configs.Decoder) -> Float[Array, "v d"]:
+    """Return the table that `scores` takes, in the compute dtype."""
+    return gathered(params["table"] if config.tied else params["head"], jnp.dtype(config.dtype))
+
+
+def scores(table: Float[Array, "v d"], hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+    """Return float32 scores of hidden states against every row of a table."""
+    return jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def init(model: Decoder, key):
@@ -225,7 +247,7 @@ def init_cache(config: configs.Decoder, batch: int, length: int, dtype=None) -> 
 def parameter_count(config: configs.Decoder, vocab: int, length: int) -> int:
     """Return the number of parameters in closed form."""
     d, mlp, groups = config.width, config.mlp_width or 4 * config.width, config.kv_heads or config.heads
-    attention_ = 2 * d * d + 2 * d * groups * config.head_width
+    attention_ = 2 * d * (config.heads + groups) * config.head_width
     if config.qk_norm:
         attention_ += 2 * (config.heads + groups) * config.head_width
     norms = d if config.norm == "rmsnorm" else 0

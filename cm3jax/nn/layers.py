@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cm3jax import sharding
+
 
 def truncated(std: float):
     """Return the initializer of arXiv 2309.02591 §2.3: normal, cut at three standard deviations."""
@@ -23,6 +25,7 @@ class Matrix(nn.Module):
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         init = truncated(self.std) if self.std else nn.initializers.zeros
         w = self.param("w", nn.with_logical_partitioning(init, self.axes), (x.shape[-1], self.features), jnp.float32)
+        w = sharding.constrain(w, *self.axes)  # and so is its gradient, which then is scattered as it is reduced
         # One matrix product of two dimensions: XLA's CPU backward pass of it is faster than that of [b, t, i] @ [i, o].
         y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ w.astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)

@@ -18,16 +18,17 @@ def token_losses(
       chunk: Positions whose [b, chunk, v] logits exist at one time; the backward pass computes them again.
     """
 
-    def losses(hidden, targets):
-        scores = sharding.constrain(decoder.logits(params, config, hidden), "batch", "seq", "vocab_out")
+    def losses(table, hidden, targets):
+        scores = sharding.constrain(decoder.scores(table, hidden), "batch", "seq", "vocab_out")
         log_z = jax.nn.logsumexp(scores, -1)
         # A masked sum, not a gather: it fuses, and a vocabulary sharded over chips needs no exchange of scores.
         hit = targets[..., None] == jnp.arange(scores.shape[-1])
         return log_z - jnp.sum(jnp.where(hit, scores, 0), -1), log_z
 
     b, t, _ = hidden.shape
+    table = decoder.output(params, config)
     if t <= chunk:
-        return losses(hidden, targets)
+        return losses(table, hidden, targets)
 
     def split(x: Array) -> Array:
         """[b, t, ...] -> [chunks, b, chunk, ...], padded at the end."""
@@ -37,6 +38,8 @@ def token_losses(
     def join(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t]
 
-    body = jax.checkpoint(lambda _, xs: (None, losses(*xs)), prevent_cse=False)
+    # Gathered once for all chunks; in float32, so that the chunks' gradients add up without rounding.
+    table = table.astype(jnp.float32)
+    body = jax.checkpoint(lambda _, xs: (None, losses(table, *xs)), prevent_cse=False)
     _, (nll, log_z) = jax.lax.scan(body, None, (split(hidden), split(targets)))
     return join(nll), join(log_z)

@@ -68,7 +68,7 @@ def train(
       UserError: if a checkpoint does not fit, a batch does not divide over the mesh, or the loss stops being finite.
       Interrupted: on Ctrl-C or SIGTERM, once the step is finished and saved.
     """
-    _check_batch(training, mesh := sharding.mesh(training.mesh, devices))
+    check_batch(training, mesh := sharding.mesh(training.mesh, devices))
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     compiled = compile(task, training, mesh, name)
@@ -142,7 +142,8 @@ def _all_finite(tree):
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
-def _check_batch(training: configs.Training, mesh) -> None:
+def check_batch(training: configs.Training, mesh) -> None:
+    """Raise UserError if the batch does not divide over a mesh."""
     ways = mesh.shape["replica"] * mesh.shape["fsdp"] * training.accumulate
     if training.batch % ways:
         raise UserError(

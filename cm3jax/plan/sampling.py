@@ -1,0 +1,123 @@
+"""Plan drawing pictures: prefill and the decode loop of `sample.decode`, on a slice."""
+
+import jax
+import jax.numpy as jnp
+
+from cm3jax import trees
+from cm3jax.config import Recipe, Sampling
+from cm3jax.plan import compiler, costs, estimate, hlo, programs, slices
+from cm3jax.plan.training import GIB, Plan
+from cm3jax.sample import decode, grammar
+from cm3jax.sharding import fit
+from cm3jax.types import UserError
+
+PROMPT = 64
+"""Tokens of the prompt: a caption of the paper's data has about 10 (arXiv 2309.02591 §3: 3B text tokens, 340M pairs)."""
+
+GUIDED = Sampling(guidance=3.0)
+"""Two streams, as the paper's figures have them (arXiv 2309.02591 §3.1)."""
+
+
+def plan(recipe: Recipe, target: slices.Slice, rows: int = 0) -> Plan:
+    """Compile drawing a batch of pictures with guidance, and read off what it needs.
+
+    Args:
+      rows: Pictures drawn at one time; 0: one for each chip that rows are split over.
+
+    Raises:
+      UserError: if the slice is not known, or the rows or the model do not divide over it.
+    """
+    devices = compiler.devices(target)
+    step = programs.step(recipe.decoder, recipe.vocab, devices)
+    mesh, params = step.mesh, step.compiled.abstract.params
+    data = mesh.shape["replica"] * mesh.shape["fsdp"]
+    rows = rows or data
+    if rows % data:
+        raise UserError(f"--rows {rows}: not a multiple of the {data} chips that share the rows; change it or the mesh")
+    codes = (recipe.prepare.resolution // recipe.image.model.factor) ** 2
+    cache = _cache_bytes(recipe, rows, PROMPT - 1 + codes) / (data * mesh.shape["tensor"])
+    known = Plan(
+        target=target,
+        stage=step.stage,
+        mesh=dict(mesh.shape),
+        params=trees.size(params),
+        state=programs.local_bytes(params),
+        total=0,
+        limit=target.chip.hbm_gib * GIB,
+        fits=False,
+        refusal="",
+        flops=_flops(recipe, rows, codes),
+        tokens=rows * codes,
+    )
+    lower = lambda: _lower(recipe, step, rows, codes)  # noqa: E731
+    return known.compiled(lower, mesh, lambda found: _terms(known, mesh, found, codes, cache))
+
+
+def _lower(recipe: Recipe, step: programs.Step, rows: int, codes: int) -> jax.stages.Lowered:
+    vocab, mesh, streams = recipe.vocab, step.mesh, decode.streams(GUIDED)
+
+    def array(dtype, *shape: int | str) -> jax.ShapeDtypeStruct:
+        sizes = tuple(rows if side == "b" else side for side in shape)
+        spec = fit(mesh, ["batch" if side == "b" else None for side in shape], sizes)
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    ints, floats = jnp.int32, jnp.float32
+    prompts = decode.Prompts(
+        ids=array(ints, streams, "b", PROMPT),
+        lengths=array(ints, streams, "b"),
+        positions=array(ints, streams, "b", PROMPT),
+        following=array(ints, streams, "b", 2),
+        first=array(ints),
+    )
+    settings = decode.Settings(
+        temperature=array(floats, "b"),
+        top_k=array(ints, "b"),
+        top_p=array(floats, "b"),
+        scales=array(floats, streams - 1, "b"),
+        contrast=array(bool, "b"),
+        cd_alpha=array(floats, "b"),
+        uncond_temperature=array(floats, "b"),
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    model = step.model(vocab)
+    with jax.set_mesh(mesh):
+        return decode.decode.lower(
+            model,
+            grammar.pictures(vocab, vocab.text, codes),
+            decode.kind(GUIDED),
+            codes,
+            step.compiled.abstract.params,
+            prompts,
+            grammar.State(*(array(ints, "b") for _ in grammar.State._fields)),
+            settings,
+            array(ints, "b", codes),
+            array(keys.dtype, "b"),
+        )
+
+
+def _cache_bytes(recipe: Recipe, rows: int, slots: int) -> float:
+    model = recipe.decoder.model
+    values = 2 * model.layers * (model.kv_heads or model.heads) * model.head_width
+    return decode.streams(GUIDED) * rows * slots * values * jnp.dtype(model.dtype).itemsize
+
+
+def _flops(recipe: Recipe, rows: int, codes: int) -> costs.Flops:
+    """Return the FLOPs of all streams: every slot of the cache is looked at in every step."""
+    model, streams = recipe.decoder.model, decode.streams(GUIDED)
+    layers, head = model.layers * costs.matrices(model), recipe.vocab.size * model.width
+    passes = streams * rows * (PROMPT - 1 + codes)
+    attention = streams * rows * codes * model.layers * costs.scores(model, PROMPT - 1 + codes)
+    return costs.Flops(2.0 * passes * layers + 2.0 * streams * rows * codes * head, float(attention), 0.0)
+
+
+def _terms(plan: Plan, mesh, found: list[hlo.Collective], codes: int, cache: float) -> estimate.Terms:
+    """Return the seconds of a batch: each token reads the weights (float32 as stored) and the whole cache."""
+    chip, chips = plan.target.chip, mesh.size
+    weights = 4 * plan.params / mesh.shape["tensor"]
+    return estimate.Terms(
+        matrices=plan.flops.model / chips / chip.flops,
+        attention=plan.flops.attention / chips / chip.flops,
+        hbm=codes * (weights + cache) / chip.hbm,
+        host=0.0,
+        **estimate.exchanges(plan.target, list(mesh.devices.flat), found),
+    )

@@ -1,0 +1,41 @@
+"""`cm3jax plan`: plans, and what a person or a program reads of them."""
+
+import json
+import sys
+
+from cm3jax.config import Recipe
+from cm3jax.plan import published as runs
+from cm3jax.plan import sampling as drawing
+from cm3jax.plan import slices, table
+from cm3jax.plan import training as trainings
+
+
+def training(recipe: Recipe, topology: str, count: int, search: bool, as_json: bool) -> int:
+    """Plan a training and print it; return 0 if it fits, 1 if not."""
+    target = slices.parse(topology, count)
+    plan = trainings.plan(recipe, target)
+    change = next(trainings.changes(recipe, target.chips), None)
+    if not plan.fits and search:
+        print(table.text(plan, recipe.decoder.training, change), file=sys.stderr, flush=True)
+        if found := trainings.search(recipe, target, lambda line: print(line, file=sys.stderr, flush=True)):
+            change, plan = found
+            print(f"fits with {change.flags}", file=sys.stderr)
+    print(json.dumps(plan.to_json()) if as_json else table.text(plan, recipe.decoder.training, change))
+    return 0 if plan.fits else 1
+
+
+def sampling(recipe: Recipe, topology: str, count: int, rows: int, as_json: bool) -> int:
+    """Plan drawing a batch of pictures and print it; return 0 if it fits, 1 if not."""
+    plan = drawing.plan(recipe, slices.parse(topology, count), rows)
+    print(json.dumps(plan.to_json()) if as_json else table.text(plan))
+    return 0 if plan.fits else 1
+
+
+def published() -> int:
+    """Plan the published runs of others and print theirs beside ours; return 0 if most lie between our two figures."""
+    found = []
+    for run in runs.RUNS:
+        found.append(line := runs.compare(run))
+        print(f"{run.name}: {line.seconds:.0f} s", file=sys.stderr, flush=True)
+    print(runs.text(found))
+    return 0 if sum(line.inside for line in found) > len(found) / 2 else 1
