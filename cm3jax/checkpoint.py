@@ -6,7 +6,7 @@ the weights alone.
 
 Once orbax has written all files of a checkpoint, the lead host reads them back and writes `manifest.json` beside them:
 size and CRC32C of each, and of itself. A folder without a manifest is a save that did not end, and counts for nothing.
-Nothing is read from a checkpoint whose files are not those of its manifest: orbax itself restores flipped bits silently.
+Nothing is read from a checkpoint whose files are not its manifest's: orbax itself restores flipped bits silently.
 """
 
 import concurrent.futures
@@ -247,8 +247,17 @@ def _read(path: pathlib.Path, target, partial: bool = False):
         return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
     args = ocp.args.PyTreeRestore(item=target, restore_args=jax.tree.map(how, target), partial_restore=partial)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone(target)) as reader:
         return reader.restore(path, args=args)
+
+
+def _alone(target) -> ocp.options.MultiprocessingOptions:
+    """Return orbax's options for a reading in which it may wait for other hosts only if they read the arrays too."""
+    shared = [s for x in jax.tree.leaves(target) if (s := getattr(x, "sharding", None)) and not s.is_fully_addressable]
+    if shared or hosts.count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    here = hosts.index()
+    return ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
 
 
 def _at(tree, where: tuple[str, ...]):
@@ -272,7 +281,7 @@ def _damaged(path: pathlib.Path, fault: str) -> str:
     return f"checkpoint {str(path)!r} is damaged: {fault}; delete it to use the one before"
 
 
-# ------------------------------------------------------------------------------------------------------------- manifests
+# ------------------------------------------------------------------------------------------------------------ manifests
 
 
 def check(saver: Saver, step: int) -> None:

@@ -380,20 +380,54 @@ def main(argv=None) -> int:
     settle_platform()
     traceback = "--traceback" in argv or os.environ.get("CM3JAX_TRACEBACK", "0") not in ("", "0")
     try:
-        return command([a for a in argv if a != "--traceback"]) or 0
+        return ended(command([a for a in argv if a != "--traceback"]) or 0)
     except UserError as e:
         if traceback:
             raise
         print(f"cm3jax: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        return failed(2)
     except KeyboardInterrupt as e:
         if traceback:
             raise
         print(f"\ncm3jax: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
-        return 0 if getattr(e, "number", signal.SIGINT) == signal.SIGTERM else 130
+        number = getattr(e, "number", 0)  # 0: nothing was saved
+        code = 0 if number == signal.SIGTERM else 130
+        return ended(code) if number else failed(code)
     except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        if not several():
+            raise
+        sys.excepthook(*sys.exc_info())
+        print(f"cm3jax: {LOST.format(several())}", file=sys.stderr)
+        return failed(1)
+
+
+LOST = (
+    "host {} stopped at the error above. If that speaks of a connection or a peer, another host has ended: its log"
+    " says why. The same command on all hosts continues from the last checkpoint."
+)
+
+
+def several() -> str:
+    """Return which host of how many this is; "" where it is the only one."""
+    hosts = sys.modules.get("cm3jax.hosts")
+    return f"{hosts.index()} of {hosts.count()}" if hosts and hosts.count() > 1 else ""
+
+
+def ended(code: int) -> int:
+    """Return the exit code of a command that all hosts end together, once they have."""
+    if several():
+        sys.modules["cm3jax.hosts"].finish()
+    return code
+
+
+def failed(code: int) -> int:
+    """Return the exit code of a command that this host may end alone; one of several exits at once."""
+    if several():
+        sys.modules["cm3jax.hosts"].abandon(code)
+    return code
 
 
 def settle_platform() -> None:

@@ -36,7 +36,11 @@ def start(settings: configs.Hosts) -> None:
         return
     import jax
 
-    values = (settings.coordinator or None, settings.processes or None, None if settings.process < 0 else settings.process)
+    values = (
+        settings.coordinator or None,
+        settings.processes or None,
+        None if settings.process < 0 else settings.process,
+    )
     try:
         jax.distributed.initialize(
             *values,
@@ -94,7 +98,7 @@ def lead() -> bool:
     return index() == 0
 
 
-# ------------------------------------------------------------------------------------- calls that all hosts make together
+# ----------------------------------------------------------------------------------- calls that all hosts make together
 
 
 def barrier(name: str) -> None:
@@ -121,6 +125,20 @@ def gathered(value: Any) -> list[Any]:
 def leads(value: Any) -> Any:
     """Return the lead's JSON value on every host."""
     return gathered(value)[0]
+
+
+def whole(tree):
+    """Return a tree of arrays as numpy arrays, also those of which this host holds a part only."""
+    import jax
+
+    def one(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)
 
 
 def finish() -> None:

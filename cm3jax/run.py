@@ -6,6 +6,7 @@ Every stage is `f(recipe, run folder)`. It leaves its files in its own folder, a
 interrupted. The calls import what they need when they run, so that preparing data never loads jax.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cm3jax import config, stages
+from cm3jax import config, hosts, stages
 from cm3jax.config import Recipe
 from cm3jax.types import UserError
 
@@ -93,8 +94,11 @@ def image(recipe: Recipe, run: pathlib.Path) -> None:
         run / "image",
         hooks=sampled(stage.training, hooks.reconstructions, recipe, run),
         name="image",
+        meta={"data": stages.read(prepared).result, "model": config.to_json(stage.model)},
     )
-    image.save(run / "image", stage.model, codes, resolution, vqgan.averaged(state))
+    weights = hosts.whole(vqgan.averaged(state))
+    if hosts.lead():
+        image.save(run / "image", stage.model, codes, resolution, weights)
 
 
 def tokens(recipe: Recipe, run: pathlib.Path) -> None:
@@ -194,7 +198,18 @@ def check_set(folder: pathlib.Path, own: pathlib.Path) -> None:
 
 def sampled(training: config.Training, hook, recipe: Recipe, run: pathlib.Path) -> list:
     """Return the loop's hooks: the sheet of sample pictures, if the settings ask for one."""
-    return [(training.sample_every, hook(recipe, run))] if training.sample_every else []
+    if not training.sample_every:
+        return []
+    draw = hook(recipe, run)
+
+    def alone(state, step: int) -> None:
+        """Let the lead draw, on one of its devices, with weights that all hosts bring together."""
+        state = state.replace(params=hosts.whole(state.params), opt_state=None, extra=hosts.whole(state.extra))
+        if hosts.lead():
+            draw(state, step)
+        hosts.barrier("sample pictures")
+
+    return [(training.sample_every, draw if hosts.count() == 1 else alone)]
 
 
 def evaluate(recipe: Recipe, run: pathlib.Path) -> None:
@@ -243,17 +258,20 @@ def run(recipe: Recipe, folder, redo: str = "", only: str = "") -> pathlib.Path:
     """
     folder = pathlib.Path(folder)
     names = [only] if only else list(STAGES)
-    with stages.locked(folder):
+    with stages.locked(folder) if hosts.lead() else contextlib.nullcontext():
         if redo:
             forget(folder, redo)
+        hosts.barrier("the run folder is there")
         for name in names:
             refuse_changes(STAGES[name], recipe, folder)
         if only:
             require(STAGES[only].inputs, folder)
-        stages.write_text(folder / "recipe.json", json.dumps(config.to_json(recipe), indent=1) + "\n")
+        hosts.barrier("the run folder is looked at")
+        if hosts.lead():
+            stages.write_text(folder / "recipe.json", json.dumps(config.to_json(recipe), indent=1) + "\n")
         for i, name in enumerate(names):
             bring(STAGES[name], recipe, folder, f"[{i + 1}/{len(names)}] {name}")
-        if "evaluate" in names:
+        if "evaluate" in names and hosts.lead():
             publish(folder)
     return folder
 
@@ -275,6 +293,8 @@ def forget(folder: pathlib.Path, name: str) -> None:
     """
     if name not in STAGES:
         raise UserError(f"--redo {name}: no such stage; stages: {', '.join(STAGES)}")
+    if not hosts.lead():
+        return
     for stage in map(STAGES.get, dependents(name)):
         stages.remove(stage.folder(folder))
     for report in REPORT:  # it tells of the evaluation, which depends on every stage
@@ -355,8 +375,21 @@ def bring(stage: Stage, recipe: Recipe, folder: pathlib.Path, title: str) -> Non
     say(f"{title}: {stages.read(stage.folder(folder)).seconds:.1f} s in all")
 
 
+TOGETHER = {"image", "decoder"}
+"""Stages that all hosts work on; during the others they wait for the lead."""
+
+
 def make(stage: Stage, recipe: Recipe, folder: pathlib.Path, record: stages.Record, now: dict[str, str]) -> None:
-    """Run one stage and write its record."""
+    """Run one stage and write its record, which the lead does alone."""
+    hosts.barrier(f"{stage.name} begins")  # else the lead's first write may come before another host's look
+    if hosts.lead():
+        _make(stage, recipe, folder, record, now)
+    elif stage.name in TOGETHER:
+        stage.call(recipe, folder)
+    hosts.barrier(f"{stage.name} ends")
+
+
+def _make(stage: Stage, recipe: Recipe, folder: pathlib.Path, record: stages.Record, now: dict[str, str]) -> None:
     record.config = stage.settings(recipe)
     record.hash = config.digest(stages.significant(record.config))
     record.inputs, record.complete = now, False
@@ -378,7 +411,8 @@ def publish(folder: pathlib.Path) -> None:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    if hosts.lead():
+        print(line, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------- one stage by itself
@@ -408,6 +442,8 @@ def adopt(recipe: Recipe, folder, stage: str) -> Recipe:
 
 def link(stage: str, source: pathlib.Path, folder: pathlib.Path) -> None:
     """Make the results that a stage needs visible in another run folder, by links."""
+    if not hosts.lead():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for name in [s for s in STAGES if stage in dependents(s) and s != stage]:
         target, here = STAGES[name].folder(source), STAGES[name].folder(folder)

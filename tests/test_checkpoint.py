@@ -146,52 +146,110 @@ def test_a_missing_or_superfluous_parameter_is_named(saved):
         checkpoint.restore(checkpoint.open(saved), 2, abstract(less))
 
 
-def remove_tree_metadata(folder: pathlib.Path):
-    (folder / "state" / "_METADATA").unlink()
+def victim(folder: pathlib.Path, kind: str) -> pathlib.Path:
+    """A file of a checkpoint: the largest of its arrays, or a named one."""
+    if kind != "arrays":
+        return folder / kind
+    return max((p for p in (folder / "state").rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def cut_tree_metadata(folder: pathlib.Path):
-    path = folder / "state" / "_METADATA"
-    path.write_bytes(path.read_bytes()[:40])
+def remove(path):
+    path.unlink()
+    return f"is missing, expected {SIZES[path]} bytes"
 
 
-def remove_arrays(folder: pathlib.Path):
-    shutil.rmtree(folder / "state" / "ocdbt.process_0")
-    shutil.rmtree(folder / "state" / "d")
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+    return f"has {SIZES[path] - 1} bytes, expected {SIZES[path]}"
 
 
-def cut_arrays(folder: pathlib.Path):
-    for path in [p for p in (folder / "state").rglob("d/*") if p.is_file()]:
-        path.write_bytes(path.read_bytes()[:16])
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    return "has crc32c"
 
 
-def remove_manifest(folder: pathlib.Path):
-    (folder / "state" / "manifest.ocdbt").unlink()
+SIZES = {}
+KINDS = ["arrays", "state/_METADATA", "state/manifest.ocdbt", "meta/metadata", "_CHECKPOINT_METADATA"]
 
 
-def remove_state(folder: pathlib.Path):
-    shutil.rmtree(folder / "state")
-
-
-@pytest.mark.parametrize(
-    "damage", [remove_tree_metadata, cut_tree_metadata, remove_arrays, cut_arrays, remove_manifest, remove_state]
-)
-def test_a_damaged_checkpoint_is_told_in_one_line_with_its_path(copy, damage):
+@pytest.mark.parametrize("damage", [remove, cut, flip])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_named_in_one_line_with_what_was_expected_and_found(copy, kind, damage):
     folder = copy / "checkpoints" / "2"
-    damage(folder)
-    with pytest.raises(checkpoint.Damaged) as e:
-        checkpoint.restore(checkpoint.open(copy), 2, abstract(make()))
-    assert str(folder) in one_line(e) and "cannot be read" in one_line(e)
-    with pytest.raises(checkpoint.Damaged) as e:
-        checkpoint.load_params(copy)
-    assert str(folder) in one_line(e)
+    path = victim(folder, kind)
+    SIZES[path] = path.stat().st_size
+    message = damage(path)
+    for read in (
+        lambda: checkpoint.restore(checkpoint.open(copy), 2, abstract(make())),
+        lambda: checkpoint.load_meta(checkpoint.open(copy), 2),
+        lambda: checkpoint.load_params(copy),
+    ):
+        with pytest.raises(checkpoint.Damaged) as e:
+            read()
+        text = one_line(e)
+        assert f"{str(folder)!r} is damaged: {path.relative_to(folder)} {message}" in text
+        assert "delete it to use the one before" in text
 
 
-def test_damaged_meta_is_told_in_one_line(copy):
-    (copy / "checkpoints" / "2" / "meta" / "metadata").write_text("{")
-    with pytest.raises(checkpoint.Damaged, match="cannot be read") as e:
-        checkpoint.load_meta(checkpoint.open(copy), 2)
-    one_line(e)
+def test_a_bit_flipped_anywhere_in_a_checkpoint_is_found_and_its_file_named(copy):
+    folder = copy / "checkpoints" / "2"
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    sizes = np.array([p.stat().st_size for p in files])
+    for seed in range(100):
+        draw = np.random.default_rng(seed)
+        offset = int(draw.integers(sizes.sum()))
+        number = int(np.searchsorted(np.cumsum(sizes), offset, "right"))
+        at, path = offset - int(sizes[:number].sum()), files[number]
+        whole = path.read_bytes()
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << int(draw.integers(8)))]) + whole[at + 1 :])
+        with pytest.raises(checkpoint.Damaged) as e:
+            checkpoint.check(checkpoint.open(copy), 2)
+        assert f"is damaged: {path.relative_to(folder)} " in one_line(e), (seed, offset)
+        path.write_bytes(whole)
+    checkpoint.check(checkpoint.open(copy), 2)
+
+
+def test_a_save_that_did_not_end_counts_for_nothing(copy):
+    (copy / "checkpoints" / "2" / "manifest.json").unlink()
+    saver = checkpoint.open(copy)
+    assert checkpoint.steps(copy) == [1] and checkpoint.candidates(saver) == [1]
+    assert checkpoint.uncommitted(saver) == [2]
+    equal(checkpoint.load_params(copy, prefer_ema=False), jax.device_get(make(1.0).params))
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(copy):
+    (copy / "checkpoints" / "2" / "manifest.json").unlink()
+    (copy / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+    saver = checkpoint.open(copy)
+    checkpoint.save(saver, 5, make(5.0), META)
+    saver.close()
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["1", "5"]
+
+
+def test_the_checkpoint_before_goes_only_after_the_manifest_is_there(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy")
+    left = []
+    look = lambda line: left.append((line.split(",")[0], checkpoint.steps(tmp_path / "copy")))  # noqa: E731
+    saver = checkpoint.open(tmp_path / "copy", keep=1, say=look)
+    checkpoint.save(saver, 3, make(3.0), META)
+    saver.close()
+    assert left == [("step 3: checkpoint save started", [1, 2]), ("step 3: checkpoint committed", [1, 2, 3])]
+    assert checkpoint.steps(tmp_path / "copy") == [3]
+
+
+def test_an_error_of_the_background_comes_out_at_the_next_wait(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "_commit", fail)
+    saver = checkpoint.open(tmp_path)
+    checkpoint.save(saver, 1, make(), META)
+    with pytest.raises(OSError, match="no space left"):
+        saver.wait()
+    assert checkpoint.steps(tmp_path) == []
+    saver.close()
 
 
 def test_a_donated_state_does_not_change_what_is_being_saved(tmp_path):

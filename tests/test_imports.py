@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "cm3jax"
 FLOORS = [
     {"config", "vocab", "types"},
-    {"sharding", "rng", "trees"},
+    {"sharding", "rng", "trees", "hosts"},
     {"nn"},
     {"tokenizers", "objectives"},
     {"data"},
