@@ -12,7 +12,8 @@ How it is measured:
 - `decode` draws greedily with the program that `cm3jax generate` runs (prefill, cache, grammar), against the same model
   without a cache, which reads the row anew for each token, padded to a multiple of 64. Compilation is not counted.
 - `data` makes batches as training reads them, from token shards of made-up pairs as long as the paper's (1024 codes and
-  a caption): plan, read, draw spans, move them, pack, positions and modalities. On one core.
+  a caption): plan, read, draw spans, move them, pack, positions and modalities. First in this process on one core; then
+  through the worker processes of training, by the batches that arrive here, over the cores that both may use.
 - `prepare` turns 640 x 480 JPEGs into 256 px records, all cores, start-up of the processes included.
 
 `train` needs jax, flax, optax, orbax-checkpoint, jaxtyping and numpy only, so it also runs where the rest is not
@@ -153,7 +154,7 @@ def training_in_torch(stage: configs.DecoderStage, vocab: vocabulary.Vocab, batc
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    torch.set_num_threads(count_cores())
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     found = {"PyTorch": torch_work(stage, vocab, batch, steps, device, compiled=False)}
     if compiled:
@@ -322,21 +323,59 @@ def uncached(model, params, vocab: vocabulary.Vocab, ids: np.ndarray, steps: int
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def data(rounds: int = 5, pairs: int = 4000) -> list[Row]:
-    """Return tokens/s of making the paper's batches (chop, 4096) and ours (whole, 4352), on one core."""
+def data(rounds: int = 5, pairs: int = 4000, steps: int = 200) -> list[Row]:
+    """Return tokens/s of making the paper's batches (chop, 4096) and ours (whole, 4352).
+
+    First the work alone in this process on one core, then as training gets it: read, masked and packed in worker
+    processes, taken over by this one; per core, all on one core and with a worker a core on all of them.
+    """
     from cm3jax.data import tokens
 
-    vocab, found = vocabulary.Vocab(), {}
-    with tempfile.TemporaryDirectory() as folder, one_core():
+    vocab, alone = vocabulary.Vocab(), {}
+    with tempfile.TemporaryDirectory() as folder:
         tokens.write(folder, "train", fake_documents(vocab, pairs))
         stored = tokens.Tokens(folder, "train")
+        stages = {}
         for kind, length in (("chop", 4096), ("whole", 4352)):
             packing = configs.Packing(kind=kind, length=length)
-            stage = configs.DecoderStage(packing=packing, training=configs.Training(batch=16))
-            found[f"{kind}, rows of {length}"] = functools.partial(epoch, stored, stage, vocab)
-        rates = alternate(found, rounds)
+            stages[kind] = configs.DecoderStage(packing=packing, training=configs.Training(batch=16))
+            alone[f"{kind}, rows of {length}"] = functools.partial(epoch, stored, stages[kind], vocab)
+        with one_core():
+            rates = alternate(alone, rounds)
+            piped = through_workers(folder, stages, vocab, rounds, 1, steps)
+        cores = count_cores()
+        if cores > 1:
+            piped |= through_workers(folder, stages, vocab, rounds, cores, steps)
     note = f"{pairs} pairs of 1024 codes and a caption, one core"
-    return [row(f"causal mask + packing, {name}", values, "tokens/s", note) for name, values in rates.items()]
+    return [row(f"causal mask + packing, {name}", values, "tokens/s", note) for name, values in rates.items()] + [
+        row(
+            f"pipeline, {kind}, {workers} worker{'s' * (workers > 1)}", values, "tokens/s a core", f"on {workers} cores"
+        )
+        for (kind, workers), values in piped.items()
+    ]
+
+
+def through_workers(folder, stages, vocab: vocabulary.Vocab, rounds: int, workers: int, steps: int) -> dict:
+    """Return {(kind, workers): tokens/s per core of each round} of batches that as many workers as cores make."""
+    from cm3jax.data import pipeline
+
+    def taking(stream) -> Callable[[], int]:
+        return lambda: int(sum((next(stream)["segments"] > 0).sum() for _ in range(steps)))
+
+    with contextlib.ExitStack() as stack:
+        contestants = {}
+        for kind, stage in stages.items():
+            training = dataclasses.replace(stage.training, workers=workers)
+            stream = pipeline.batches(folder, "train", dataclasses.replace(stage, training=training), vocab)
+            stack.callback(stream.close)
+            contestants[kind, workers] = taking(stream)
+        rates = alternate(contestants, rounds)
+    return {name: [rate / workers for rate in values] for name, values in rates.items()}
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fake_documents(vocab: vocabulary.Vocab, count: int):
