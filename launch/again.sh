@@ -12,16 +12,17 @@ set -uo pipefail
     echo "again.sh: no command; see the head of $0" >&2
     exit 2
 }
-most=${AGAIN_MOST:-50} pause=${AGAIN_PAUSE:-30} asked='' child=''
-trap 'asked=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
+most=${AGAIN_MOST:-50} pause=${AGAIN_PAUSE:-30} asked='' child='' woken=''
+trap 'asked=yes woken=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
 
 # Wait for the last background process to its end, also when a signal cuts the waiting short; return its exit code.
 ended() {
     local code
     while :; do
+        woken=''
         wait "$child"
         code=$?
-        kill -0 "$child" 2>/dev/null || return $code
+        [ "$woken" ] || return $code
     done
 }
 

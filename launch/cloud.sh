@@ -12,9 +12,9 @@ fail() {
 # Print words as one line that a shell reads back as the same words.
 quote() {
     local word line=''
+    # shellcheck disable=SC2001 # bash's own ${word//...} reads quotes one way in one version, another way in the next
     for word in "$@"; do
         case $word in
-            # shellcheck disable=SC2001 # ${word//...} reads quotes otherwise in other versions of bash
             '' | *[!A-Za-z0-9_./:=,@%+-]*) line+=" '$(sed "s/'/'\\\\''/g" <<<"$word")'" ;;
             *) line+=" $word" ;;
         esac

@@ -66,12 +66,12 @@ start() {
         --docker-image="$IMAGE" --max-restarts="$RESTARTS" --restart-on-exit-codes=1 \
         --env=JAX_COMPILATION_CACHE_DIR="$MOUNT/compilation-cache" \
         --env=JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-        --command="$(quote "${COMMAND[@]}")"
+        --command="$(quote exec "${COMMAND[@]}")" # exec: else SIGTERM ends xpk's shell around it, and not the training
 }
 
 watch() {
     on_cluster xpk workload list --filter-by-job="$name"
-    run kubectl logs --follow --max-log-requests=1000 --prefix \
+    run kubectl logs --follow --container=jax-tpu --tail=20 --prefix \
         --selector="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
 }
 
@@ -82,7 +82,7 @@ stop() {
 resume() {
     need_command
     note "where the workload is gone already, only the last command:"
-    stop
+    stop || echo "gke.sh: nothing to end" >&2
     start
 }
 

@@ -8,8 +8,8 @@
 #   bash launch/host.sh stop                   SIGTERM, and wait: the training saves and ends
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/cloud.sh
 source launch/setup.sh
+source launch/cloud.sh
 
 install() {
     local bucket=${1:-}
