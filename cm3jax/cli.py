@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from cm3jax import config as configs
-from cm3jax import flags
+from cm3jax import flags, stages
 from cm3jax.config import Recipe, Sampling
 from cm3jax.types import UserError
 
@@ -40,6 +40,8 @@ class Prepare:
     def __call__(self):
         from cm3jax import run
 
+        if self.prepare.source:
+            raise UserError(f"--source {self.prepare.source}: the source stands first: cm3jax prepare SOURCE OUT")
         settings = dataclasses.replace(self.prepare, source=self.source)
         recipe = Recipe(name=pathlib.Path(self.out).resolve().name, prepare=settings)
         run.run(recipe, self.out, redo="prepare" if self.redo else "", only="prepare")
@@ -68,6 +70,7 @@ class Train:
         from cm3jax import run
 
         folder(self.inputs)
+        refuse_idle("train", self.recipe, configs.load(self.config), (self.stage, "vocab", "name"))
         recipe, out = run.adopt(self.recipe, self.inputs, self.stage), self.out or self.inputs
         if self.out:
             run.link(self.stage, pathlib.Path(self.inputs), pathlib.Path(self.out))
@@ -87,6 +90,7 @@ class Encode:
     def __call__(self):
         from cm3jax import run
 
+        refuse_idle("encode", self.recipe, run_recipe(self.run), ("tokens",))
         recipe = run.adopt(self.recipe, self.run, "tokens")
         run.run(recipe, self.run, redo="tokens" if self.redo else "", only="tokens")
 
@@ -148,7 +152,7 @@ class Generate:
         from cm3jax.sample import generate
 
         generator = generate.load(run, positive("batch", self.batch))
-        pictures = generator.text_to_image(prompts, self.seed, self.sampling)
+        pictures = generator.text_to_image(prompts, seeded(self.seed), self.sampling)
         for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
             print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, self.sampling))
 
@@ -178,7 +182,7 @@ class Caption:
         from cm3jax.sample import generate
 
         generator = generate.load(run, positive("batch", self.batch))
-        texts = generator.image_to_text(pictures, self.seed, self.sampling, positive("max_text", self.max_text))
+        texts = generator.image_to_text(pictures, seeded(self.seed), self.sampling, positive("max_text", self.max_text))
         for path, text in zip(self.pictures, texts, strict=True):
             print(f"{path}: {text}" if len(texts) > 1 else text)
 
@@ -188,6 +192,7 @@ class Infill:
     """Fill a region of a picture (--box), or the <mask> in a caption.
 
     cm3jax infill RUN PICTURE "a red circle" --box 0 0 0.5 0.5
+
     cm3jax infill RUN PICTURE "a <mask> circle"
 
     Words are the likeliest ones unless a sampling flag or --count says otherwise.
@@ -227,9 +232,9 @@ class Infill:
             unset = self.sampling == chosen(run, "infill") and rows == 1
             sampling = generate.GREEDY if unset else self.sampling
             max_text = positive("max_text", self.max_text)
-            print(*generator.infill_text(pictures, texts, self.seed, sampling, max_text), sep="\n")
+            print(*generator.infill_text(pictures, texts, seeded(self.seed), sampling, max_text), sep="\n")
             return
-        drawn = generator.infill_image(pictures, texts, [self.box] * rows, self.seed, self.sampling)
+        drawn = generator.infill_image(pictures, texts, [self.box] * rows, seeded(self.seed), self.sampling)
         for i, picture in enumerate(drawn):
             print(png.write(self.out or run / "infilled", picture, self.text, self.seed, i, self))
 
@@ -238,6 +243,23 @@ def positive(name: str, value: int) -> int:
     if value < 1:
         raise UserError(f"--{name} = {value}: must be at least 1")
     return value
+
+
+def seeded(value: int) -> int:
+    if not 0 <= value < configs.SEEDS:
+        raise UserError(f"--seed = {value}: must be from 0 to {configs.SEEDS - 1}")
+    return value
+
+
+def refuse_idle(verb: str, recipe: Recipe, default: Recipe, own: tuple[str, ...]) -> None:
+    """Raise UserError for a flag that does nothing: one of a stage whose result is taken as it is on disk."""
+    given, unset = stages.flatten(configs.to_json(recipe)), stages.flatten(configs.to_json(default))
+    for name in given:
+        if name.partition(".")[0] not in own and given[name] != unset.get(name):
+            raise UserError(
+                f"--{name}: does nothing here, as {verb} takes the other stages' results as they are; what it listens"
+                f" to: {', '.join(f'--{section}.*' if section != 'name' else '--name' for section in own)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +273,7 @@ class Evaluate:
     def __call__(self):
         from cm3jax import run
 
+        refuse_idle("evaluate", self.recipe, run_recipe(self.run), ("evaluate", "name"))
         recipe = run.adopt(self.recipe, self.run, "evaluate")
         out = run.run(recipe, self.run, redo="evaluate", only="evaluate")
         print(f"report: {out / 'report.html'}")
