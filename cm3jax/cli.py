@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from cm3jax import config as configs
-from cm3jax import flags
+from cm3jax import flags, stages
 from cm3jax.config import Recipe, Sampling
 from cm3jax.types import UserError
 
@@ -44,6 +44,8 @@ class Prepare:
     """Hosts that share the work, on one disk, each with this command; the last to end writes the summary."""
 
     def __call__(self):
+        if self.prepare.source:
+            raise UserError(f"--source {self.prepare.source}: the source stands first: cm3jax prepare SOURCE OUT")
         settings = dataclasses.replace(self.prepare, source=self.source)
         recipe = Recipe(name=pathlib.Path(self.out).resolve().name, prepare=settings)
         make(recipe, self.out, "prepare", self)
@@ -74,6 +76,7 @@ class Train:
 
         hosts.start(self.cluster)
         folder(self.inputs)
+        refuse_idle("train", self.recipe, configs.load(self.config), (self.stage, "vocab", "name"))
         recipe, out = run.adopt(self.recipe, self.inputs, self.stage), self.out or self.inputs
         if self.out:
             run.link(self.stage, pathlib.Path(self.inputs), pathlib.Path(self.out))
@@ -99,6 +102,7 @@ class Encode:
         from cm3jax import hosts, run
 
         hosts.start(self.cluster)
+        refuse_idle("encode", self.recipe, run_recipe(self.run), ("tokens",))
         make(run.adopt(self.recipe, self.run, "tokens"), self.run, "tokens", self)
 
 
@@ -173,7 +177,7 @@ class Generate:
         from cm3jax.sample import generate
 
         generator = generate.load(run, positive("batch", self.batch))
-        pictures = generator.text_to_image(prompts, self.seed, self.sampling)
+        pictures = generator.text_to_image(prompts, seeded(self.seed), self.sampling)
         for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
             print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, self.sampling))
 
@@ -203,7 +207,7 @@ class Caption:
         from cm3jax.sample import generate
 
         generator = generate.load(run, positive("batch", self.batch))
-        texts = generator.image_to_text(pictures, self.seed, self.sampling, positive("max_text", self.max_text))
+        texts = generator.image_to_text(pictures, seeded(self.seed), self.sampling, positive("max_text", self.max_text))
         for path, text in zip(self.pictures, texts, strict=True):
             print(f"{path}: {text}" if len(texts) > 1 else text)
 
@@ -213,6 +217,7 @@ class Infill:
     """Fill a region of a picture (--box), or the <mask> in a caption.
 
     cm3jax infill RUN PICTURE "a red circle" --box 0 0 0.5 0.5
+
     cm3jax infill RUN PICTURE "a <mask> circle"
 
     Words are the likeliest ones unless a sampling flag or --count says otherwise.
@@ -252,9 +257,9 @@ class Infill:
             unset = self.sampling == chosen(run, "infill") and rows == 1
             sampling = generate.GREEDY if unset else self.sampling
             max_text = positive("max_text", self.max_text)
-            print(*generator.infill_text(pictures, texts, self.seed, sampling, max_text), sep="\n")
+            print(*generator.infill_text(pictures, texts, seeded(self.seed), sampling, max_text), sep="\n")
             return
-        drawn = generator.infill_image(pictures, texts, [self.box] * rows, self.seed, self.sampling)
+        drawn = generator.infill_image(pictures, texts, [self.box] * rows, seeded(self.seed), self.sampling)
         for i, picture in enumerate(drawn):
             print(png.write(self.out or run / "infilled", picture, self.text, self.seed, i, self))
 
@@ -263,6 +268,23 @@ def positive(name: str, value: int) -> int:
     if value < 1:
         raise UserError(f"--{name} = {value}: must be at least 1")
     return value
+
+
+def seeded(value: int) -> int:
+    if not 0 <= value < configs.SEEDS:
+        raise UserError(f"--seed = {value}: must be from 0 to {configs.SEEDS - 1}")
+    return value
+
+
+def refuse_idle(verb: str, recipe: Recipe, default: Recipe, own: tuple[str, ...]) -> None:
+    """Raise UserError for a flag that does nothing: one of a stage whose result is taken as it is on disk."""
+    given, unset = stages.flatten(configs.to_json(recipe)), stages.flatten(configs.to_json(default))
+    for name in given:
+        if name.partition(".")[0] not in own and given[name] != unset.get(name):
+            raise UserError(
+                f"--{name}: does nothing here, as {verb} takes the other stages' results as they are; what it listens"
+                f" to: {', '.join(f'--{section}.*' if section != 'name' else '--name' for section in own)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +298,7 @@ class Evaluate:
     def __call__(self):
         from cm3jax import run
 
+        refuse_idle("evaluate", self.recipe, run_recipe(self.run), ("evaluate", "name"))
         recipe = run.adopt(self.recipe, self.run, "evaluate")
         out = run.run(recipe, self.run, redo="evaluate", only="evaluate")
         print(f"report: {out / 'report.html'}")

@@ -18,6 +18,19 @@ from typing import Any, Literal
 from cm3jax.types import UserError
 from cm3jax.vocab import Vocab
 
+SEEDS = 2**32
+"""Seeds lie below this: what every generator of random numbers in use takes."""
+
+
+def within(config, where: str, low: int, high: float | int, *names: str) -> None:
+    """Raise ValueError for the first of these fields whose number is none, or not from `low` to `high`."""
+    for name in names:
+        value = getattr(config, name)
+        if not (low <= value <= high and math.isfinite(value)):
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{where}.{name} = {value}: must be {limits}")
+
+
 # --------------------------------------------------------------------------------------------- shared by every training
 
 
@@ -57,11 +70,8 @@ class Optimizer:
     """Clip the global gradient norm to this; 0 for never."""
 
     def __post_init__(self):
-        for name in ("peak_lr", "muon_lr", "warmup", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must not be negative")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"optimizer.final_fraction = {self.final_fraction}: must be from 0 to 1")
+        within(self, "optimizer", 0, math.inf, "peak_lr", "muon_lr", "warmup", "weight_decay", "clip", "eps")
+        within(self, "optimizer", 0, 1, "final_fraction", "b1", "b2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +103,9 @@ class Training:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} = {getattr(self, name)}: must be at least 1")
+        within(self, "training", 1, math.inf, "steps", "batch", "accumulate", "log_every", "evaluate_batches")
+        within(self, "training", 0, math.inf, "evaluate_every", "sample_every", "save_every", "keep", "workers")
+        within(self, "training", 0, SEEDS - 1, "seed")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
             raise ValueError(f"training.profile = {self.profile}: must be the first and the last step, from 1 on")
         if not 0 <= self.ema < 1:
@@ -142,6 +152,9 @@ class Prepare:
     """Processes; 0: one per core."""
     seed: int = 0
 
+    def __post_init__(self):
+        within(self, "prepare", 0, SEEDS - 1, "seed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -151,6 +164,11 @@ class Text:
     """Captions to train on, at most."""
     character_coverage: float = 0.9995
     seed: int = 0
+
+    def __post_init__(self):
+        within(self, "text", 1, math.inf, "sample")
+        within(self, "text", 0, 1, "character_coverage")
+        within(self, "text", 0, SEEDS - 1, "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +203,8 @@ class VQGAN:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        for name in ("patch", "width", "z"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"image.model.{name} = {getattr(self, name)}: must be at least 1")
+        within(self, "image.model", 1, math.inf, "patch", "width", "z")
+        within(self, "image.model", 0, math.inf, "encoder_blocks", "decoder_blocks", "groups")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"image.model.multipliers = {self.multipliers}: must be one or more numbers from 1 on")
         if self.encoder_kernel not in (1, 3):
@@ -229,6 +246,11 @@ class VQGANLoss:
     boxes: int = 4
     """Boxes of a picture that these two look at, the largest first."""
 
+    def __post_init__(self):
+        weights = ("l1", "l2", "commitment", "perceptual", "adversarial", "face", "object")
+        within(self, "image.loss", 0, math.inf, *weights, "adversarial_start")
+        within(self, "image.loss", 1, math.inf, "discriminator_width", "boxes")
+
 
 @dataclasses.dataclass(frozen=True)
 class Image:
@@ -242,6 +264,9 @@ class Image:
     reset_dead_after: int = 500
     """Re-seed codes unused for this many steps from the data; 0: never."""
 
+    def __post_init__(self):
+        within(self, "image", 0, math.inf, "seed_after", "reset_dead_after")
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -253,9 +278,8 @@ class Tokens:
     """Processes that read and decode the pictures ahead; 0: threads of the main process."""
 
     def __post_init__(self):
-        for name, least in (("batch", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"tokens.{name} = {getattr(self, name)}: must be at least {least}")
+        within(self, "tokens", 1, math.inf, "batch")
+        within(self, "tokens", 0, math.inf, "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +320,8 @@ class Decoder:
     is full with these inputs in the host's memory."""
 
     def __post_init__(self):
+        within(self, "decoder.model", 1, math.inf, "layers", "width", "heads")
+        within(self, "decoder.model", 0, math.inf, "kv_heads", "mlp_width", "norm_eps", "init_std", "position_std")
         if not self.head_size and self.width % self.heads:
             raise ValueError(f"decoder.model.width = {self.width} is not a multiple of heads = {self.heads}")
         if self.kv_heads and self.heads % self.kv_heads:
@@ -326,6 +352,8 @@ class Packing:
     the last of the row (ours, whole only): small models learn sooner what lies where (see `objectives.places`)."""
 
     def __post_init__(self):
+        within(self, "packing", 2, math.inf, "length")
+        within(self, "packing", 0, math.inf, "documents", "most_spans")
         if self.picture and self.kind != "whole":
             raise ValueError(f"packing.picture = {self.picture}: needs whole pictures; set packing.kind to whole, or 0")
         if not 0 <= self.picture < self.length:
@@ -343,6 +371,10 @@ class Mask:
     without any, whole captions are hardly ever masked, which captioning and guidance need)."""
     captions: float = 0.0
     """Of those, the share that masks exactly one whole text (ours): short trainings learn to caption sooner."""
+
+    def __post_init__(self):
+        within(self, "mask", 0, math.inf, "spans")
+        within(self, "mask", 0, 1, "rotate", "captions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,6 +414,11 @@ class DecoderStage:
     eval_mask_seed: int = 0
     mixture: Mixture = Mixture()
 
+    def __post_init__(self):
+        within(self, "decoder", 0, math.inf, "z_loss")
+        within(self, "decoder", 1, math.inf, "loss_chunk")
+        within(self, "decoder", 0, SEEDS - 1, "eval_mask_seed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -414,7 +451,7 @@ class Sampling:
             ("cd_k", self.cd_k >= 1, "must be 1 or more"),
             ("uncond_temperature", self.uncond_temperature > 0, "must be above 0"),
         ):
-            if not good:
+            if not (good and math.isfinite(getattr(self, name))):
                 raise ValueError(f"sampling.{name} = {getattr(self, name)}: {limit}")
 
 
@@ -440,6 +477,13 @@ class Evaluate:
     sheet: int = 16
     """Examples shown in the report."""
     seed: int = 0
+
+    def __post_init__(self):
+        within(self, "evaluate", 1, math.inf, "samples", "batch", "validation_samples", "max_text")
+        within(self, "evaluate", 0, math.inf, "sheet")
+        within(self, "evaluate", 0, SEEDS - 1, "seed")
+        if not self.draw:
+            raise ValueError("evaluate.draw: empty; needs at least one setting for pictures")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ def parse(cls, argv: list[str], prog: str, default) -> Any:
       default: A `cls` with the values of all flags that are not given.
 
     Raises:
-      UserError: for an unknown flag, or a value of the wrong type.
+      UserError: for an unknown flag, a value of the wrong type, or one outside its limits.
       SystemExit: after printing the help, if asked for.
     """
     argv = expand(argv, names(default), prog)
@@ -44,6 +44,8 @@ def parse(cls, argv: list[str], prog: str, default) -> Any:
         if not e.code:
             raise
         raise UserError(f"{one_line(errors.getvalue())}; see {prog} --help") from None
+    except ValueError as e:  # a value outside its limits, in what tyro builds last
+        raise UserError(f"{e}; see {prog} --help") from None
 
 
 def names(value, prefix: str = "") -> list[str]:

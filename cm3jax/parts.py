@@ -38,7 +38,7 @@ def part(recipe: Recipe, folder, stage: str, host: int, hosts: int) -> None:
     if not 0 <= host < hosts:
         raise UserError(f"--host = {host}: must be 0 to --hosts - 1 = {hosts - 1}")
     folder, entry = pathlib.Path(folder), run.STAGES[stage]
-    run.refuse_changes(entry, recipe, folder)
+    run.refuse_changes(entry, recipe, folder, run.again(stage, stage))
     run.require(entry.inputs, folder)
     record = stages.read(entry.folder(folder))
     if (record and record.complete) or SHARES[stage](recipe, folder, host, hosts):

@@ -254,23 +254,31 @@ def run(recipe: Recipe, folder, redo: str = "", only: str = "") -> pathlib.Path:
       only: The one stage to bring up to date; those before it must be.
 
     Raises:
-      UserError: if a setting changed since a stage was made, naming it; or if an input of `only` is not there.
+      UserError: if settings do not fit each other or the source; if one changed since a stage was made, naming it; or
+        if an input of `only` is not there.
     """
     folder = pathlib.Path(folder)
     names = [only] if only else list(STAGES)
+    refuse_misfits(recipe, names)
     with stages.locked(folder) if hosts.lead() else contextlib.nullcontext():
-        if redo:
-            forget(folder, redo)
         hosts.barrier("the run folder is there")
         for name in names:
-            refuse_changes(STAGES[name], recipe, folder)
+            if not redo or name not in dependents(redo):
+                refuse_changes(STAGES[name], recipe, folder, again(name, only))
+                if all(stages.read(STAGES[n].folder(folder)) for n in (name, *STAGES[name].inputs)):
+                    fitting_inputs(STAGES[name], recipe, folder, again(name, only))
         if only:
             require(STAGES[only].inputs, folder)
         hosts.barrier("the run folder is looked at")
         if hosts.lead():
+            if redo:  # only now: a command that is refused deletes nothing
+                forget(folder, redo)
             stages.write_text(folder / "recipe.json", json.dumps(config.to_json(recipe), indent=1) + "\n")
+        hosts.barrier("the run folder is ready")
         for i, name in enumerate(names):
-            bring(STAGES[name], recipe, folder, f"[{i + 1}/{len(names)}] {name}")
+            bring(STAGES[name], recipe, folder, f"[{i + 1}/{len(names)}] {name}", again(name, only))
+            if name == "prepare" and "evaluate" in names:
+                require_test(folder / "prepared")
         if "evaluate" in names and hosts.lead():
             publish(folder)
     return folder
@@ -293,23 +301,81 @@ def forget(folder: pathlib.Path, name: str) -> None:
     """
     if name not in STAGES:
         raise UserError(f"--redo {name}: no such stage; stages: {', '.join(STAGES)}")
-    if not hosts.lead():
-        return
     for stage in map(STAGES.get, dependents(name)):
         stages.remove(stage.folder(folder))
     for report in REPORT:  # it tells of the evaluation, which depends on every stage
         stages.remove(folder / report)
 
 
-def refuse_changes(stage: Stage, recipe: Recipe, folder: pathlib.Path) -> None:
+def refuse_misfits(recipe: Recipe, names: list[str]) -> None:
+    """Raise UserError for what would stop one of these stages after others have worked for hours."""
+    if "prepare" in names:
+        from cm3jax.data import prepare, sources
+
+        prepare.check(recipe.prepare)
+        if not recipe.prepare.source.startswith("tfds:"):  # to ask it would load TensorFlow, and perhaps download
+            sources.open(recipe.prepare)
+    side, factor = recipe.prepare.resolution, recipe.image.model.factor
+    if "image" in names and side % factor:
+        near = max(factor, round(side / factor) * factor)
+        raise UserError(
+            f"prepare.resolution = {side}: not a multiple of image.model's {factor} pixels per code; take {near}, or"
+            " change image.model.patch or .multipliers"
+        )
+    codes, packing = (side // factor) ** 2, recipe.decoder.packing
+    if "decoder" in names and packing.kind == "whole" and packing.length < codes + LEAST_AROUND:
+        raise UserError(
+            f"decoder.packing.length = {packing.length}: no row holds a picture of {codes} codes and a caption; set it"
+            f" to {codes + LEAST_AROUND} and some room for text and markers"
+        )
+
+
+LEAST_AROUND = 4
+"""Tokens of the shortest pair beside the picture's codes: <eod>, one of text, <break>, <eod>."""
+
+
+def require_test(prepared: pathlib.Path) -> None:
+    """Raise UserError if there are records and none to evaluate on: now, and not when all is trained."""
+    from cm3jax.data import shards
+
+    found = shards.splits(prepared)
+    if found and "test" not in found:
+        raise UserError(
+            f"{prepared}: no record in the test split, which the evaluation needs; give it a larger share with"
+            " --prepare.test 0.1 --prepare.validation 0.1 --redo prepare, or mark some rows of the source as test"
+        )
+
+
+def again(name: str, only: str) -> str:
+    """Return how to make a stage again, or keep it, in words that fit the verb: `run`, or the one of a single stage."""
+    return "--redo, or keep both in another run folder" if only else f"--redo {name}, or keep both with another --out"
+
+
+def refuse_changes(stage: Stage, recipe: Recipe, folder: pathlib.Path, how: str) -> None:
     """Raise UserError if the recipe differs from what the stage on disk was made with."""
     record = stages.read(stage.folder(folder))
     changed = stages.differences(record.config, stage.settings(recipe)) if record else []
     if changed:
         raise UserError(
             f"{stage.folder(folder)}: {stages.describe(changed)}; set it back, make the stage and what follows"
-            f" again with --redo {stage.name}, or keep both with another --out"
+            f" again with {how}"
         )
+
+
+def fitting_inputs(stage: Stage, recipe: Recipe, folder: pathlib.Path, how: str) -> dict[str, str]:
+    """Return the fingerprints of what a stage reads.
+
+    Raises:
+      UserError: if they are not those that it was begun with.
+    """
+    now, record = inputs(stage, recipe, folder), stages.read(stage.folder(folder))
+    if record and record.inputs != now:
+        changed = ", ".join(sorted(k for k in {**now, **record.inputs} if now.get(k) != record.inputs.get(k)))
+        raise UserError(
+            f"{stage.folder(folder)}: made from another {changed} than the one there now; make it and what"
+            f" follows again with {how}"
+        )
+    return now
 
 
 def require(names, folder: pathlib.Path) -> None:
@@ -352,19 +418,13 @@ def source(prepare: config.Prepare) -> dict[str, str]:
     return {} if prepare.source.startswith("tfds:") else {"source": config.digest(sources.open(prepare).fingerprint())}
 
 
-def bring(stage: Stage, recipe: Recipe, folder: pathlib.Path, title: str) -> None:
+def bring(stage: Stage, recipe: Recipe, folder: pathlib.Path, title: str, how: str) -> None:
     """Make a stage's result unless the one on disk is whole and made from the same things.
 
     Raises:
       UserError: if its inputs are not those that it was begun with.
     """
-    now, record = inputs(stage, recipe, folder), stages.read(stage.folder(folder))
-    if record and record.inputs != now:
-        changed = ", ".join(sorted(k for k in {**now, **record.inputs} if now.get(k) != record.inputs.get(k)))
-        raise UserError(
-            f"{stage.folder(folder)}: made from another {changed} than the one there now; make it and what"
-            f" follows again with --redo {stage.name}"
-        )
+    now, record = fitting_inputs(stage, recipe, folder, how), stages.read(stage.folder(folder))
     if record and record.complete and not (fault := stages.missing(folder, record)):
         return say(f"{title}: up to date")
     if record:

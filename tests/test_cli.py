@@ -95,6 +95,16 @@ def test_a_recipes_help_shows_the_recipes_values(capsys):
         (["prepare", "scenes:easy", "OUT", "--count", "many"], "--count"),
         (["prepare", "scenes:easy", "OUT", "--resolutoin", "64"], "did you mean --resolution?"),
         (["prepare", "scenes:easy", "OUT", "--count", "-3"], "prepare.count = -3"),
+        (["prepare", "scenes:easy", "OUT", "--source", "x"], "--source x: the source stands first"),
+        (["prepare", "scenes:easy", "OUT", "--seed", "-1"], "prepare.seed = -1: must be from 0 to 4294967295"),
+        (["generate", "RUN", "x", "--temperature", "-1"], "sampling.temperature = -1.0: must be 0 (greedy) or more"),
+        (["generate", "RUN", "x", "--temperature", "inf"], "sampling.temperature = inf"),
+        (["run", "CONFIG", "--prepare.resolution", "100"], "decoder.packing.picture = 64"),
+        (["run", "CONFIG", "--decoder.heads", "0"], "decoder.model.heads = 0: must be at least 1"),
+        (["run", "CONFIG", "--decoder.seed", "-1"], "training.seed = -1"),
+        (["evaluate", "MADE", "--decoder.steps", "3"], "--decoder.training.steps: does nothing here"),
+        (["encode", "MADE", "--evaluate.samples", "3"], "to: --tokens.*"),
+        (["train", "CONFIG", "--inputs", "MADE", "--image.steps", "3"], "to: --decoder.*, --vocab.*, --name"),
         (["bench", "speed"], "'speed'"),
         (["bench", "data", "--rounds", "0"], "rounds = 0: must be at least 1"),
         (["run", "CONFIG", "--vocab.image", "65536"], "more than the 65536 that uint16 shards hold"),
@@ -103,8 +113,10 @@ def test_a_recipes_help_shows_the_recipes_values(capsys):
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, argv, message):
     (tmp_path / "RUN").mkdir()
     (tmp_path / "NOPICTURE").write_text("no picture at all")
+    (tmp_path / "MADE").mkdir()
+    (tmp_path / "MADE" / "recipe.json").write_text(json.dumps(config.to_json(config.Recipe())))
     places = {"CONFIG": str(ROOT / "configs" / "quickstart.py")}
-    places |= {name: str(tmp_path / name) for name in ("RUN", "OUT", "NOPICTURE")}
+    places |= {name: str(tmp_path / name) for name in ("RUN", "MADE", "OUT", "NOPICTURE")}
     assert message in refuse(capsys, *[places.get(word, word) for word in argv])
 
 

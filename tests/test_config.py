@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import pathlib
 
 import hypothesis
@@ -42,6 +43,21 @@ def test_missing_fields_take_their_defaults():
         ({"image": {"model": {"attention": 3}}}, "image.model.attention: expected a list"),
         ({"image": {"model": {"attention": ["x"]}}}, 'image.model.attention[0] = "x": expected int'),
         ({"decoder": {"model": {"width": 30, "heads": 4}}}, "decoder.model.width = 30 is not a multiple of heads = 4"),
+        ({"decoder": {"model": {"heads": 0}}}, "decoder.model.heads = 0: must be at least 1"),
+        ({"decoder": {"packing": {"length": 0}}}, "packing.length = 0: must be at least 2"),
+        ({"decoder": {"mask": {"rotate": 1.5}}}, "mask.rotate = 1.5: must be from 0 to 1"),
+        ({"decoder": {"training": {"seed": -1}}}, "training.seed = -1: must be from 0 to 4294967295"),
+        (
+            {"decoder": {"training": {"optimizer": {"peak_lr": math.nan}}}},
+            "optimizer.peak_lr = nan: must be at least",
+        ),
+        ({"image": {"model": {"groups": -1}}}, "image.model.groups = -1: must be at least 0"),
+        ({"image": {"loss": {"l1": -1}}}, "image.loss.l1 = -1.0: must be at least 0"),
+        ({"tokens": {"batch": 0}}, "tokens.batch = 0: must be at least 1"),
+        ({"text": {"sample": 0}}, "text.sample = 0: must be at least 1"),
+        ({"evaluate": {"samples": 0}}, "evaluate.samples = 0: must be at least 1"),
+        ({"evaluate": {"draw": []}}, "evaluate.draw: empty; needs at least one setting"),
+        ({"evaluate": {"write": {"guidance": math.inf}}}, "sampling.guidance = inf"),
         ({"vocab": {"image": 0}}, "vocab.image = 0: must be at least 1"),
         ({"vocab": {"image": 60000}}, "more than the 65536"),
         ([], "Recipe: expected an object, found []"),

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from cm3jax import config, run, stages
+from cm3jax.data import shards
 from cm3jax.types import UserError
 
 RECIPE = config.Recipe(name="toy", prepare=config.Prepare(source="scenes:easy", count=100))
@@ -83,6 +84,65 @@ def test_redo_makes_a_stage_and_what_needs_it(toy, tmp_path):
     toy.clear()
     run.run(with_steps(RECIPE, 5), tmp_path, redo="text")
     assert toy == ["text", "tokens", "decoder", "evaluate"]
+
+
+def test_a_redo_that_is_refused_deletes_nothing(toy, tmp_path):
+    run.run(RECIPE, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    other = dataclasses.replace(RECIPE, prepare=config.Prepare(source="scenes:easy", count=99))
+    with pytest.raises(UserError, match="prepare.count was 100 and is now 99"):
+        run.run(other, tmp_path, redo="text")
+    stages.remove(tmp_path / "prepared")
+    with pytest.raises(UserError, match="prepared: not there, and needed here"):
+        run.run(RECIPE, tmp_path, redo="text", only="text")
+    assert sorted(tmp_path.rglob("*")) == [p for p in before if p.parent.name != "prepared" and p.name != "prepared"]
+
+
+def test_a_redo_from_a_changed_source_deletes_nothing(toy, tmp_path):
+    (tmp_path / "data").mkdir()
+    metadata = tmp_path / "data" / "metadata.jsonl"
+    metadata.write_text('{"file_name": "a.png", "text": "a"}\n')
+    recipe = dataclasses.replace(RECIPE, prepare=config.Prepare(source=str(metadata.parent)))
+    run.run(recipe, tmp_path / "run")
+    metadata.write_text('{"file_name": "a.png", "text": "b"}\n')
+    with pytest.raises(UserError, match="made from another source"):
+        run.run(recipe, tmp_path / "run", redo="decoder")
+    assert (tmp_path / "run" / "decoder" / "result").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("prepare", {"source": "nowhere"}, "source 'nowhere': no such folder"),
+        ("prepare", {"validation": 2.0}, "prepare.validation = 2.0"),
+        ("prepare", {"resolution": 250}, "250: not a multiple of image.model's 8 pixels per code; take 248"),
+        ("decoder", {"packing": config.Packing(kind="whole", length=1027)}, "picture of 1024 codes and a caption"),
+    ],
+)
+def test_what_cannot_work_stops_the_run_before_it_writes(toy, tmp_path, section, values, message):
+    recipe = dataclasses.replace(RECIPE, **{section: dataclasses.replace(getattr(RECIPE, section), **values)})
+    with pytest.raises(UserError, match=message):
+        run.run(recipe, tmp_path / "run")
+    assert toy == [] and not (tmp_path / "run").exists()
+
+
+def test_records_without_a_test_split_stop_the_run_before_it_trains(toy, tmp_path, monkeypatch):
+    def train_only(recipe, folder):
+        (folder / "prepared" / shards.name("train", 0, 1)).touch()
+
+    monkeypatch.setitem(run.STAGES, "prepare", dataclasses.replace(run.STAGES["prepare"], call=train_only))
+    with pytest.raises(UserError, match=r"no record in the test split.* --redo prepare"):
+        run.run(RECIPE, tmp_path)
+    assert toy == []
+    run.run(RECIPE, tmp_path, only="text")  # a single stage needs no test split
+    assert toy == ["text"]
+
+
+def test_the_way_to_make_a_stage_again_fits_the_verb(toy, tmp_path):
+    run.run(RECIPE, tmp_path)
+    other = dataclasses.replace(RECIPE, prepare=config.Prepare(source="scenes:easy", count=99))
+    with pytest.raises(UserError, match="again with --redo, or keep both in another run folder"):
+        run.run(other, tmp_path, only="prepare")
 
 
 def test_redo_of_an_unknown_stage_lists_the_stages(toy, tmp_path):
