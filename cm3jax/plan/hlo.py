@@ -183,14 +183,14 @@ def _first(grid, own: int) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
-def summary(found: list[Collective]) -> dict[str, dict[str, float]]:
+def summary(found: list[Collective]) -> dict[str, dict[str, int | float]]:
     """Return {kind: {count, gib}} of one run of the program, per chip."""
-    out: dict[str, dict[str, float]] = {}
+    out: dict[str, dict[str, int | float]] = {}
     for one in found:
         kind = out.setdefault(one.kind, {"count": 0, "gib": 0.0})
         kind["count"] += one.times
         kind["gib"] += one.times * one.bytes / 2**30
-    return {kind: {"count": v["count"], "gib": round(v["gib"], 3)} for kind, v in sorted(out.items())}
+    return {kind: {"count": v["count"], "gib": round(v["gib"], 6)} for kind, v in sorted(out.items())}
 
 
 def seconds(found: list[Collective], rate: Callable[[tuple[int, ...]], float]) -> float:

@@ -87,7 +87,7 @@ RUNS = (
         name="32B, MaxText",
         topology="v5p-128",
         recipe=recipe(
-            dataclasses.replace(LLAMA, layers=32, width=8192, heads=64, mlp_width=28672, remat="dots"),
+            dataclasses.replace(LLAMA, layers=32, width=8192, heads=64, mlp_width=28672),
             32_000,
             2048,
             7 * 64,
@@ -95,6 +95,8 @@ RUNS = (
         ),
         mfu=0.7147,
         source=f"{MAXTEXT}/v5p/32b.sh and README.md",
+        # remat_policy=minimal keeps the products with weights; ours would need 141 GiB, as it splits fewer of them
+        known={"again": costs.Again(0, 1)},
     ),
     llama8b(),
     Run(
@@ -145,7 +147,7 @@ def text(lines: list[Line]) -> str:
     """Return the table of error, in Markdown."""
     rows = ["| run | slice | parameters | published MFU | ours, low to high | inside | source |", "|" + "---|" * 7]
     for line in lines:
-        inside = "yes" if line.inside else f"no, by {_distance(line):+.3f}"
+        inside = "yes" if line.inside else f"no, by {_distance(line):+.3f}" if line.plan.terms else "does not fit"
         ours = f"{line.low:.3f} to {line.high:.3f}" if line.plan.terms else line.plan.refusal
         run, size = line.run, f"{line.plan.params / 1e9:.1f}B"
         cells = (run.name, run.topology, size, f"{run.mfu:.3f}", ours, inside, run.source)

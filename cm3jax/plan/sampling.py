@@ -12,7 +12,7 @@ from cm3jax.sharding import fit
 from cm3jax.types import UserError
 
 PROMPT = 64
-"""Tokens of the prompt: a caption of the paper's data has about 10 (arXiv 2309.02591 §3: 3B text tokens, 340M pairs)."""
+"""Tokens of the prompt; a caption of the paper's data has about 10 (arXiv 2309.02591 §3: 3B tokens, 340M pairs)."""
 
 GUIDED = Sampling(guidance=3.0)
 """Two streams, as the paper's figures have them (arXiv 2309.02591 §3.1)."""
