@@ -121,7 +121,9 @@ class Decoder(nn.Module):
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         table = self.param("table", _named(c.init_std, "vocab", "table_width"), (self.vocab, c.width), jnp.float32)
-        x = table[ids]
+        # Named again so that the lookup's gradient is split like the output layer's before the two are added: unsplit,
+        # each chip would gather the whole of one (1 GiB for the 7B) and reduce the whole of the other.
+        x = sharding.constrain(table, "vocab", "table_width")[ids]
         if c.position != "rope":
             place = self.param(
                 "positions", _named(c.position_std, "position", "table_width"), (self.length, c.width), jnp.float32
