@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shapes import arrays_of
+import shapes
 
 from cm3jax import config as configs
 from cm3jax import sharding
@@ -91,7 +91,7 @@ def test_splash_on_a_mesh_equals_plain(interpreted):
     split = jax.NamedSharding(mesh, sharding.spec(("batch", "seq", "act_heads", "head")))
     assert ours[1].sharding.is_equivalent_to(split, 4)
     ours = jax.device_get(ours)
-    q, k, v, segments = jax.device_get((q, k, v, segments))
+    q, k, v, segments = map(jnp.asarray, jax.device_get((q, k, v, segments)))
     plain = lambda q, k, v: attention.attend(q, k, v, attention.visible(segments, segments))  # noqa: E731
     for a, b in zip(ours, outputs_and_gradients(plain, q, k, v, segments), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
@@ -226,11 +226,11 @@ def test_a_long_row_is_trained_without_any_array_of_queries_by_keys(path):
     model = configs.Decoder(layers=2, width=64, heads=2, attention=path)
     stage = configs.DecoderStage(model=model, training=configs.Training(steps=2, batch=2))
     t = stage.packing.length
-    assert not [x for x in arrays_of(stage, VOCAB) if list(x.shape).count(t) > 1]
+    assert not [x for x in shapes.arrays_of(stage, VOCAB) if list(x.shape).count(t) > 1]
 
 
 def test_a_short_row_takes_the_whole_product_at_once():
     model = configs.Decoder(layers=2, width=64, heads=2)
     stage = configs.DecoderStage(model=model, packing=configs.Packing(length=1024))
     stage = dataclasses.replace(stage, training=configs.Training(steps=2, batch=2))
-    assert [x for x in arrays_of(stage, VOCAB) if x.shape == (2, 2, 1024, 1024) and x.dtype == jnp.float32]
+    assert [x for x in shapes.arrays_of(stage, VOCAB) if x.shape == (2, 2, 1024, 1024) and x.dtype == jnp.float32]

@@ -32,6 +32,7 @@ VARIANTS = {
     ),
     "both positions": dataclasses.replace(CM3LEON, position="both", layers=1),
 }
+REMAT = ("dots", "full", "offload")
 VOCAB, LENGTH, B, T = 97, 31, 2, 13
 PINNED = {"tiny": 5_242_880, "100m": 101_498_880, "350m": 373_030_912, "760m": 786_038_784, "7b": 6_726_615_040}
 
@@ -107,6 +108,35 @@ def test_a_segment_sees_only_itself(config):
     both = run(ids, positions, segments)
     second = run(ids[:, 6:], positions[:, 6:], segments[:, 6:])
     np.testing.assert_allclose(both[:, 6:], second, atol=2e-5)
+
+
+def test_what_a_layer_keeps_changes_neither_outputs_nor_gradients():
+    model, params, ids, positions, segments = build(CM3LEON)
+
+    def loss(params, remat):
+        net = model.clone(config=dataclasses.replace(CM3LEON, remat=remat))
+        return jnp.sum(net.apply({"params": params}, ids, positions, segments)[0][..., 0])
+
+    found = {r: jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, r) for r in ("none", *REMAT)}
+    for remat in REMAT:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found[remat], found["none"])
+
+
+def test_a_layer_keeps_what_its_policy_says():
+    model, params, ids, positions, segments = build(CM3LEON)
+
+    def kept(remat):
+        """Arrays of each layer [layers, B, T, ...] that wait for the backward pass, those in host memory apart."""
+        net = model.clone(config=dataclasses.replace(CM3LEON, remat=remat))
+        loss = lambda params: jnp.sum(net.apply({"params": params}, ids, positions, segments)[0][..., 0])  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+        stacks = [v.aval for e in jaxpr.eqns if e.primitive.name == "scan" for v in e.outvars]
+        stacks = [x for x in stacks if x.shape[:1] == (CM3LEON.layers,) and x.size >= CM3LEON.layers * B * T]
+        stacks = [x for x in stacks if B in x.shape[1:] or B * T in x.shape[1:]]
+        return len(stacks), sum("host" in str(x.memory_space).lower() for x in stacks)
+
+    assert kept("full") == (1, 0) and kept("offload") == (1, 1)
+    assert kept("full")[0] < kept("dots")[0] < kept("none")[0]
 
 
 def test_initial_weights_follow_the_paper():

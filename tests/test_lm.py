@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shapes
 
 from cm3jax import config as configs
 from cm3jax import rng
@@ -65,6 +66,18 @@ def test_chunks_change_neither_loss_nor_gradient(chunk):
 
     whole, chunked = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, c) for c in (64, chunk))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, chunked)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_of_the_paper_never_holds_the_logits_of_a_row(accumulate):
+    """Sequence 4096 and the whole vocabulary: all arrays with a side of the vocabulary are tables or one chunk."""
+    model = configs.Decoder(layers=2, width=64, heads=2)
+    stage = configs.DecoderStage(model=model, training=configs.Training(steps=2, batch=4, accumulate=accumulate))
+    vocab = Vocab()
+    wide = {x.shape for x in shapes.arrays_of(stage, vocab) if vocab.size in x.shape}
+    chunk = (4 // accumulate, stage.loss_chunk, vocab.size)
+    assert vocab.size > 65_000 and stage.packing.length == 4096
+    assert chunk in wide and max(map(np.prod, wide)) == max(np.prod(chunk), vocab.size * model.width)
 
 
 def test_token_losses_equal_log_softmax():

@@ -153,3 +153,21 @@ def test_a_quadratic_goes_down(name):
         update, opt_state = step(params, opt_state)
         params = optax.apply_updates(params, update)
     assert float(optax.global_norm(params)) < 0.5 * before
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_bfloat16_first_moment_is_stored_so_and_hardly_changes_the_update(name):
+    boxed = {"w": box(normal(3, 8, 16), "layer", "embed", "mlp"), "table": box(normal(7, 8), "vocab", "table_width")}
+    params, found = sharding.unbox(boxed), {}
+    for dtype in ("float32", "bfloat16"):
+        config = configs.Optimizer(name=name, warmup=0, schedule="constant", weight_decay=0.0, moment_dtype=dtype)
+        optimizer = optim.make(config, 10, boxed)
+        opt_state, step = sharding.unbox(optimizer.init(boxed)), jax.jit(optimizer.update)
+        for i in range(3):
+            update, opt_state = step(jax.tree.map(lambda p: p * (1 + i % 2), params), opt_state, params)  # noqa: B023
+        found[dtype] = update, sorted(str(x.dtype) for x in jax.tree.leaves(opt_state) if x.ndim > 1)
+    seconds = 1 if name == "muon" else 2  # Muon's matrix has none
+    assert found["float32"][1] == ["float32"] * (2 + seconds)
+    assert found["bfloat16"][1] == ["bfloat16"] * 2 + ["float32"] * seconds
+    for a, b in zip(*(jax.tree.leaves(found[d][0]) for d in found), strict=True):
+        assert 0 < np.abs(a - b).max() < 0.02 * np.abs(a).max()

@@ -76,7 +76,7 @@ def refusal(path: str, config: configs.Decoder, packing: configs.Packing, device
 
 def _cudnn_refusal(config: configs.Decoder, packing: configs.Packing, device: Any) -> str:
     """jax's own conditions, `jax._src.cudnn.fused_attention_stablehlo.check_is_flash_attention`."""
-    capability = str(getattr(device, "compute_capability", ""))
+    capability = str(getattr(device, "compute_capability", None) or "")
     number = float(capability) if capability.replace(".", "", 1).isdigit() else 0.0  # AMD's are words
     if device.platform not in ("gpu", "cuda") or number < 8:
         having = f"compute capability {capability}" if capability else device.platform
