@@ -3,7 +3,7 @@
     nice -n 5 .venv/bin/python launch/kill_test.py --out /tmp/kills --kills 50 --seed 0
 
 Each cell trains the decoder or the image tokenizer through `cm3jax train`, in one process or in two over loopback. A
-kill is SIGKILL or SIGTERM to one process or to all, at a moment drawn uniformly from the length of an undisturbed run;
+kill is SIGKILL or SIGTERM to one process or to both, at a moment drawn from the start-up and the first steps of a life;
 in the cell `large` (a state of more than 500 MB), within the time from 'save started' to 'committed'. Then the same
 command is given again. A run that reaches its end must equal the undisturbed one: every step's loss and batch bit for
 bit on every host, each step logged once, and all final weights. Exit code 0 if every law held; the report is
@@ -40,6 +40,8 @@ from cm3jax import checkpoint, cli, config, hosts, metrics, run, sharding, trees
 from cm3jax.data import pipeline, tokens  # noqa: F401
 from cm3jax.train import lm, loop, vqgan  # noqa: F401
 
+REACH = 8
+"""Most steps that a life does before it is killed: two saves."""
 MINUTE = 60.0
 """A dead host must have taken the others down by then."""
 COMPARED = ("loss", "gradient", "perplexity", "usage", "psnr", "l1", "l2")
@@ -84,11 +86,11 @@ class Cell:
 
 
 CELLS = (
-    Cell("large", "decoder", 2, 0.24, steps=14, save=2, batch=2, layers=10, width=512, aimed=True),
     Cell("decoder-2", "decoder", 2, 0.24),
     Cell("image-2", "image", 2, 0.16),
     Cell("decoder-1", "decoder", 1, 0.2),
     Cell("image-1", "image", 1, 0.16),
+    Cell("large", "decoder", 2, 0.24, steps=14, save=2, batch=2, layers=1, width=1664, aimed=True),
 )
 
 
@@ -119,7 +121,7 @@ def arguments():
 
 def prepare(out: pathlib.Path) -> pathlib.Path:
     """Make what the trainings read, once."""
-    base, recipe = out / "base", write_recipe(out / "base.py", CELLS[-1])
+    base, recipe = out / "base", write_recipe(out / "base.py", CELLS[0])
     if not (base / "tokens" / "stage.json").exists():
         source = config.load(recipe).prepare.source
         settings = ["--count", "400", "--resolution", "32", "--shards", "2"]
@@ -202,7 +204,8 @@ class Life:
         argv = ["train", str(recipe), "--inputs", str(base), "--stage", cell.stage, "--out", str(folder / "run")]
         self.logs = [folder / f"life{number}.host{i}.log" for i in range(n)]
         several = ["--coordinator", f"localhost:{port}", "--processes", str(n)]
-        self.left = {}
+        self.left, self.seen, self.before = {}, folder / "seen0.jsonl", 0
+        self.before = self.steps()
         for i in range(n):
             more = [*several, "--process", str(i)] if n > 1 else []
             self.left[fork(argv + more, self.logs[i], folder / f"seen{i}.jsonl")] = i
@@ -242,6 +245,10 @@ class Life:
     def log(self, host: int = 0) -> str:
         return self.logs[host].read_text(errors="replace") if self.logs[host].exists() else ""
 
+    def steps(self) -> int:
+        """Return how many steps the lead has begun in this life."""
+        return sum("batch" in line for line in metrics.lines(self.seen)) - self.before
+
     def up(self) -> bool:
         """Tell whether all hosts have found each other."""
         n = len(self.logs)
@@ -270,7 +277,7 @@ def campaign(cell: Cell, base: pathlib.Path, out: pathlib.Path, kills: int, draw
     while True:
         folder, number = out / f"attempt{attempt}", number + 1
         life = Life(cell, base, folder, number)
-        if done < kills and aim(cell, life, length, window, draw):
+        if done < kills and aim(cell, life, window, draw):
             window = hit(cell, life, draw, report, window)
             done += 1
             continue
@@ -284,17 +291,18 @@ def campaign(cell: Cell, base: pathlib.Path, out: pathlib.Path, kills: int, draw
             return
 
 
-def aim(cell: Cell, life: Life, length: float, window: float, draw: random.Random) -> bool:
+def aim(cell: Cell, life: Life, window: float, draw: random.Random) -> bool:
     """Wait for the moment of a kill; whether the run is still there then."""
     if not life.until(life.up):
         return False
+    begun, steps = time.monotonic(), draw.randrange(1 + REACH)
     if cell.aimed:
         skip = draw.randrange(2)  # which of this life's saves
         if not life.until(lambda: life.log().count("save started") > skip):
             return False
         time.sleep(draw.uniform(0, window))
-    else:
-        time.sleep(draw.uniform(0, length))
+    elif life.until(lambda: life.steps() >= steps):
+        time.sleep(draw.uniform(0, (time.monotonic() - begun) / steps if steps else 5.0))
     return life.poll() and not life.codes
 
 
