@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax._src import clusters
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import toy_hosts as toy
@@ -66,18 +67,11 @@ def test_on_a_cluster_jax_finds_the_others_by_itself(sign, monkeypatch):
 
 
 def test_slurm_alone_tells_jax_all_it_needs(monkeypatch):
-    told = {}
-    for name, value in dict(
-        SLURM_JOB_ID="77", SLURM_STEP_NODELIST="node[3-4]", SLURM_NTASKS="2", SLURM_PROCID="1", SLURM_LOCALID="0"
-    ).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(
-        jax._src.distributed._jax, "get_distributed_runtime_client", lambda *a, **k: told.update(k, a=a)
-    )
-    with pytest.raises(AttributeError):  # the client is None: jax came to the point of calling it
-        jax._src.distributed.State().initialize(heartbeat_timeout_seconds=hosts.HEARTBEAT)
-    assert told["a"][0].startswith("node3:") and told["a"][1] == 1
-    assert told["heartbeat_timeout"] == hosts.HEARTBEAT
+    slurm = dict(JOB_ID="77", STEP_NODELIST="node[3-4]", NTASKS="2", PROCID="1", LOCALID="0")
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 1)
+    assert found[0].startswith("node3:") and found[1:3] == (2, 1)
 
 
 def test_one_process_agrees_with_itself():
