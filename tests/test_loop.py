@@ -273,6 +273,34 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_warning(whole, 
     )
 
 
+def test_wherever_a_bit_flips_the_file_is_named_and_the_checkpoint_before_is_taken(whole, copy, capsys):
+    training, folder = toy.training(mesh=ONE), copy / "checkpoints" / "4"
+    compiled = loop.compile(toy.task(training), training, sharding.mesh(ONE))
+    identity = {"name": "train", "seed": 0, "batch": 16}
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    ends = np.cumsum([p.stat().st_size for p in files])
+    for seed in range(100):
+        draw = np.random.default_rng(seed)
+        offset = int(draw.integers(ends[-1]))
+        path = files[int(np.searchsorted(ends, offset, "right"))]
+        data, at = path.read_bytes(), offset - int(ends[-1]) + sum(p.stat().st_size for p in files[files.index(path) :])
+        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << int(draw.integers(8)))]) + data[at + 1 :])
+        state, step, _ = loop._begin(compiled, checkpoint.open(copy), training, identity)
+        assert (step, int(state.step)) == (2, 2), (seed, path)
+        assert f"4' is damaged: {path.relative_to(folder)} " in capsys.readouterr().err, (seed, path)
+        path.write_bytes(data)
+    assert loop._begin(compiled, checkpoint.open(copy), training, identity)[1] == 4
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_run_goes_on_from_the_checkpoint_before_one_with_a_file_cut_short_or_missing(damage, whole, copy, capsys):
+    files = [p for p in (copy / "checkpoints" / "4").rglob("*") if p.is_file() and p.name != checkpoint.MANIFEST]
+    path = sorted(files)[len(files) // 2]
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-3])
+    equal(run(copy), whole[0])
+    assert f"{path.name} " in capsys.readouterr().err
+
+
 def test_a_run_never_begins_anew_over_damaged_checkpoints(copy):
     for step in (2, 4):
         damage(copy / "checkpoints" / str(step))
