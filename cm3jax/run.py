@@ -66,8 +66,8 @@ def text(recipe: Recipe, run: pathlib.Path) -> None:
     from cm3jax.tokenizers import text
 
     index.check(run / "prepared", HOW["prepare"].format(run=run))
-    records = shards.Reader(run / "prepared", "train")
-    texts = (part for record in records for part in record.parts if isinstance(part, str))
+    reader = shards.Reader(run / "prepared", "train")
+    texts = (part for i in range(len(reader)) for part in shards.texts(reader.read_bytes(i)))
     tokenizer = text.train(texts, recipe.vocab.text, run / "text" / "tokenizer.model", recipe.text)
     say(f"text: {tokenizer.size} entries of at most {recipe.vocab.text}")
 
@@ -389,14 +389,18 @@ def say(line: str) -> None:
 
 
 def fetch(stage: str, url: str, folder: pathlib.Path) -> None:
-    """Copy what a stage needs of a run in a bucket into a run folder; of prepared/ without the training split, but for
-    the trainings that read it.
+    """Copy what a stage needs of a run in a bucket into a run folder.
+
+    Of prepared/, a stage that does not train on it gets the validation split, whose captions sample pictures are of.
     """
-    from cm3jax.data import paths
+    from cm3jax.data import paths, shards
+
+    def sample(file: str) -> bool:
+        return file.startswith("validation-") or not shards.NAME.fullmatch(file)
 
     for name in [s for s in STAGES if stage in dependents(s) and s != stage]:
         whole = name != "prepare" or "prepare" in STAGES[stage].inputs
-        wanted = (lambda file: True) if whole else (lambda file: not file.startswith("train-"))
+        wanted = (lambda file: True) if whole else sample
         paths.copy(f"{url.rstrip('/')}/{STAGES[name].output}", STAGES[name].folder(folder), wanted)
 
 

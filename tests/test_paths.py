@@ -170,11 +170,11 @@ def test_training_takes_its_inputs_from_a_bucket(bucket, tmp_path, monkeypatch):
 
     from cm3jax import cli, config, run
 
-    called = []
+    called, SHARD = [], "train-00000-of-00001.array_record"
 
     def work(recipe, folder, name):
         called.append(name)
-        paths.save(run.STAGES[name].folder(folder) / "train-result", name.encode())
+        paths.save(run.STAGES[name].folder(folder) / SHARD, name.encode())
 
     stages = {n: dataclasses.replace(s, call=lambda r, f, n=n: work(r, f, n)) for n, s in run.STAGES.items()}
     monkeypatch.setattr(run, "STAGES", stages)
@@ -187,8 +187,9 @@ def test_training_takes_its_inputs_from_a_bucket(bucket, tmp_path, monkeypatch):
     arguments = ["train", "configs/cm3leon/tiny.py", "--inputs", "gs://bucket/runs/a"]
     assert cli.main([*arguments, "--out", str(tmp_path / "b")]) == 0
     assert called == ["decoder"]
-    assert (tmp_path / "b" / "tokens" / "train-result").read_bytes() == b"tokens"
-    assert not (tmp_path / "b" / "prepared" / "train-result").exists()
+    assert (tmp_path / "b" / "tokens" / SHARD).read_bytes() == b"tokens"
+    assert (tmp_path / "b" / "prepared" / "stage.json").exists()
+    assert not (tmp_path / "b" / "prepared" / SHARD).exists()
     assert cli.main(arguments) == 2
 
 

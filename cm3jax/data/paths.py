@@ -11,6 +11,7 @@ import pathlib
 import queue
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -152,6 +153,6 @@ def read(store, name: str, url: str) -> bytes:
 def save(path: pathlib.Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # several hosts may copy to one disk
     partial.write_bytes(data)
     partial.replace(path)
