@@ -61,7 +61,8 @@ class Train:
     config: Positional[Annotated[str, arg(metavar="CONFIG")]]
     """Config file that holds the stage's settings; the flags below change single ones."""
     inputs: str
-    """Run folder that holds the earlier stages (prepared/, and tokens/ for the decoder)."""
+    """Run folder that holds the earlier stages (prepared/, and tokens/ for the decoder); one in a bucket, gs://..., is
+    copied to --out."""
     stage: TrainedStage = "decoder"
     """What to train."""
     out: str = ""
@@ -73,12 +74,18 @@ class Train:
 
     def __call__(self):
         from cm3jax import hosts, run
+        from cm3jax.data import paths
 
         hosts.start(self.cluster)
-        folder(self.inputs)
+        remote = paths.is_remote(self.inputs)
+        if remote and self.out:
+            run.fetch(self.stage, self.inputs, pathlib.Path(self.out))
+        elif remote:
+            raise UserError(f"--inputs {self.inputs}: is copied to this machine; say where with --out")
+        inputs = self.out if remote else str(folder(self.inputs))
         refuse_idle("train", self.recipe, configs.load(self.config), (self.stage, "vocab", "name"))
-        recipe, out = run.adopt(self.recipe, self.inputs, self.stage), self.out or self.inputs
-        if self.out:
+        recipe, out = run.adopt(self.recipe, inputs, self.stage), self.out or self.inputs
+        if self.out and not remote:
             run.link(self.stage, pathlib.Path(self.inputs), pathlib.Path(self.out))
         run.run(recipe, out, redo=self.stage if self.redo else "", only=self.stage)
 
@@ -554,8 +561,11 @@ def folder(run: str) -> pathlib.Path:
     Raises:
       UserError: if there is none.
     """
+    from cm3jax.data import paths
+
+    paths.local_only(run, "run folder")
     path = pathlib.Path(run)
-    if not path.is_dir():
+    if not paths.within(path.is_dir, run):
         known = sorted(str(p.parent) for p in pathlib.Path("runs").glob("*/recipe.json"))
         near = difflib.get_close_matches(run, known, 1)
         hint = f"did you mean {near[0]!r}?" if near else "make one with: cm3jax run configs/quickstart.py"

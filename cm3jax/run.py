@@ -67,8 +67,8 @@ def text(recipe: Recipe, run: pathlib.Path) -> None:
     from cm3jax.tokenizers import text
 
     index.check(run / "prepared", HOW["prepare"].format(run=run))
-    records = shards.Reader(run / "prepared", "train")
-    texts = (part for record in records for part in record.parts if isinstance(part, str))
+    reader = shards.Reader(run / "prepared", "train")
+    texts = (part for i in range(len(reader)) for part in shards.texts(reader.read_bytes(i)))
     tokenizer = text.train(texts, recipe.vocab.text, run / "text" / "tokenizer.model", recipe.text)
     say(f"text: {tokenizer.size} entries of at most {recipe.vocab.text}")
 
@@ -150,22 +150,25 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     import jax
 
     from cm3jax import hooks
-    from cm3jax.data import index, mixing, pipeline
+    from cm3jax.data import index, mixing, paths, pipeline
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
 
-    for folder in (run / "tokens", *map(pathlib.Path, recipe.decoder.mixture.sets)):
+    sets = tuple(paths.at_hand(name, run / ".sets") for name in recipe.decoder.mixture.sets)
+    for folder in (run / "tokens", *sets):
         check_set(folder, run / "tokens")
         index.check(folder, HOW["tokens"].format(run=folder.parent))
     stage, vocab, host = recipe.decoder, recipe.vocab, (jax.process_index(), jax.process_count())
     held_out = "validation" in token_shards.splits(run / "tokens")
-    found = mixing.open(run / "tokens", "train", stage.mixture)
+    mixture = dataclasses.replace(stage.mixture, sets=tuple(map(str, sets)))
+    stage = dataclasses.replace(stage, mixture=mixture)
+    found = mixing.open(run / "tokens", "train", mixture)
     facts = pipeline.describe(found, stage)
     say(
         "decoder: {documents:,} documents of {tokens:,} tokens in {rows:,} rows an epoch, {filled:.0%} filled,"
         " {too_long:,} left out as too long".format(**facts)
     )
-    for line in found.describe() if stage.mixture.sets else ():
+    for line in found.describe() if sets else ():
         say(f"decoder: {line}")
     model = stages.significant(config.to_json(stage.model), "decoder.model")
     meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": model}
@@ -257,6 +260,10 @@ def run(recipe: Recipe, folder, redo: str = "", only: str = "") -> pathlib.Path:
       UserError: if settings do not fit each other or the source; if one changed since a stage was made, naming it; or
         if an input of `only` is not there.
     """
+    from cm3jax.data import paths
+
+    paths.local_only(folder, "run folder")
+    paths.reach(folder)
     folder = pathlib.Path(folder)
     names = [only] if only else list(STAGES)
     refuse_misfits(recipe, names)
@@ -476,6 +483,22 @@ def say(line: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- one stage by itself
+
+
+def fetch(stage: str, url: str, folder: pathlib.Path) -> None:
+    """Copy what a stage needs of a run in a bucket into a run folder.
+
+    Of prepared/, a stage that does not train on it gets the validation split, whose captions sample pictures are of.
+    """
+    from cm3jax.data import paths, shards
+
+    def sample(file: str) -> bool:
+        return file.startswith("validation-") or not shards.NAME.fullmatch(file)
+
+    for name in [s for s in STAGES if stage in dependents(s) and s != stage]:
+        whole = name != "prepare" or "prepare" in STAGES[stage].inputs
+        wanted = (lambda file: True) if whole else sample
+        paths.copy(f"{url.rstrip('/')}/{STAGES[name].output}", STAGES[name].folder(folder), wanted)
 
 
 def adopt(recipe: Recipe, folder, stage: str) -> Recipe:

@@ -148,11 +148,14 @@ def test_decoding_is_measured_with_and_without_cache():
     assert [r.unit for r in rows] == ["tokens/s", "tokens/s", "x"]
 
 
-def test_masking_and_packing_are_measured_on_one_core():
+@pytest.mark.slow
+def test_making_batches_is_measured_alone_and_through_the_workers():
     before = os.sched_getaffinity(0)
-    rows = bench.data(rounds=1, pairs=80)
-    assert len(rows) == 2 and os.sched_getaffinity(0) == before
-    assert all(r.value > 0 for r in rows)
+    rows = bench.data(rounds=1, pairs=80, steps=2)
+    assert os.sched_getaffinity(0) == before and all(r.value > 0 for r in rows)
+    alone, piped = rows[:2], rows[2:]
+    assert {r.unit for r in alone} == {"tokens/s"} and {r.unit for r in piped} == {"tokens/s a core"}
+    assert len(piped) == (2 if len(before) == 1 else 4) and piped[1].name == "pipeline, whole, 1 worker"
 
 
 @pytest.mark.slow

@@ -124,3 +124,10 @@ def test_damage_is_noticed_and_never_read_as_data(tmp_path):
     path.write_bytes(flipped)
     with pytest.raises(UserError, match="damaged"):
         [*shards.Reader(tmp_path, "train")]
+
+
+def test_texts_are_read_without_the_pictures(monkeypatch):
+    record = Record("k", ("one", np.zeros((4, 4, 3), np.uint8), "two", np.array([1, 2], np.uint16)), {"a": {1: "x"}})
+    data = shards.encode(record)
+    monkeypatch.setattr(shards, "_part_in", lambda *_: pytest.fail("decoded a picture"))
+    assert shards.texts(data) == ["one", "two"]

@@ -51,6 +51,11 @@ def decode(data: bytes) -> Record:
     return Record(key, tuple(parts), fields, boxes, group, license, source, split)
 
 
+def texts(data: bytes) -> list[str]:
+    """Return the text parts of an encoded record, without the work of decoding its pictures."""
+    return [part for part in msgpack.unpackb(data, strict_map_key=False)[1] if isinstance(part, str)]
+
+
 def _part_out(part):
     if isinstance(part, str):
         return part

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from cm3jax import config
-from cm3jax.data import sources_folder, sources_scenes, sources_tfds, sources_webdataset
+from cm3jax.data import paths, sources_folder, sources_scenes, sources_tfds, sources_webdataset
 from cm3jax.data.example import Example, Reject
 from cm3jax.types import UserError
 
@@ -48,9 +48,11 @@ def open(prepare: config.Prepare) -> Source:
     if name.startswith("tfds:"):
         return sources_tfds.open(prepare)
     if "://" in name or name.startswith("pipe:"):
-        raise UserError(f"source {name!r}: only files of this machine are read; download it first and give its path")
+        raise UserError(
+            f"source {name!r}: only files on a disk of this machine are read; mount the bucket, or download it first"
+        )
     path = pathlib.Path(name)
-    if name and path.is_dir():
+    if name and paths.within(path.is_dir, name):
         tars = not any((path / file).is_file() for file in sources_folder.NAMES) and any(path.glob("*.tar"))
         return sources_webdataset.open(prepare) if tars else sources_folder.open(prepare)
     if name.endswith(".tar"):
