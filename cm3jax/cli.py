@@ -180,10 +180,12 @@ class Generate:
         prompts = [prompt for prompt in self.prompts for _ in range(positive("count", self.count))]
         if not prompts:
             raise UserError('generate: needs a caption behind the run folder, such as "a red circle"')
+        for prompt in self.prompts:
+            stated(prompt)
         from cm3jax import png
         from cm3jax.sample import generate
 
-        generator = generate.load(run, positive("batch", self.batch))
+        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
         pictures = generator.text_to_image(prompts, seeded(self.seed), self.sampling)
         for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
             print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, self.sampling))
@@ -213,7 +215,7 @@ class Caption:
         pictures = [png.read(path) for path in self.pictures]
         from cm3jax.sample import generate
 
-        generator = generate.load(run, positive("batch", self.batch))
+        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
         texts = generator.image_to_text(pictures, seeded(self.seed), self.sampling, positive("max_text", self.max_text))
         for path, text in zip(self.pictures, texts, strict=True):
             print(f"{path}: {text}" if len(texts) > 1 else text)
@@ -255,11 +257,11 @@ class Infill:
             raise UserError(f"infill: needs either --box X0 Y0 X1 Y1, or {MASK} in the text")
         if self.box and len(self.box) != 4:
             raise UserError(f"--box: {len(self.box)} numbers; needs four, X0 Y0 X1 Y1")
-        rows = positive("count", self.count)
+        rows, _ = positive("count", self.count), stated(self.text)
         pictures, texts = [png.read(self.picture)] * rows, [self.text] * rows
         from cm3jax.sample import generate
 
-        generator = generate.load(run)
+        generator = generate.load(run, step=chosen_checkpoint(run))
         if not self.box:
             unset = self.sampling == chosen(run, "infill") and rows == 1
             sampling = generate.GREEDY if unset else self.sampling
@@ -275,6 +277,12 @@ def positive(name: str, value: int) -> int:
     if value < 1:
         raise UserError(f"--{name} = {value}: must be at least 1")
     return value
+
+
+def stated(caption: str) -> str:
+    if not caption.strip():  # preparation rejects such captions, so that training never meets one
+        raise UserError(f"caption {caption!r}: is empty; say what the picture shows")
+    return caption
 
 
 def seeded(value: int) -> int:
@@ -534,11 +542,29 @@ def defaults(verb: str, argv: list[str]):
 
 def chosen(run: pathlib.Path, verb: str) -> Sampling:
     """Return the setting that the run's evaluation chose for what a verb does; the plain one before an evaluation."""
-    path = run / "report.json"
     plain = Sampling(temperature=0.0) if verb == "caption" else Sampling()
+    return reported(
+        run,
+        lambda report: configs.from_json(
+            Sampling, report.get(SAMPLED[verb], {}).get("sampling", configs.to_json(plain))
+        ),
+    )
+
+
+def chosen_checkpoint(run: pathlib.Path) -> int | None:
+    """Return the step of the decoder's checkpoint that the run's evaluation chose; None before one: the latest."""
+    return reported(run, lambda report: report.get("protocol", {}).get("checkpoint", {}).get("step"))
+
+
+def reported(run: pathlib.Path, take):
+    """Return what `take` finds in the run's report.json; {} stands for a run without one.
+
+    Raises:
+      UserError: if the file is not what an evaluation writes.
+    """
+    path = run / "report.json"
     try:
-        report = json.loads(path.read_text()) if path.is_file() else {}
-        return configs.from_json(Sampling, report.get(SAMPLED[verb], {}).get("sampling", configs.to_json(plain)))
+        return take(json.loads(path.read_text()) if path.is_file() else {})
     except (ValueError, AttributeError, UserError) as e:
         raise UserError(f"{path}: not readable ({e}); make it again with: cm3jax evaluate {run}") from None
 

@@ -92,9 +92,9 @@ config = Recipe(
     evaluate=Evaluate(
         samples=512,
         draw=(
+            Sampling(temperature=0.5, guidance=1.5),  # the first draws what nothing here can judge: your own pictures
             Sampling(temperature=1.0),
             Sampling(temperature=0.5),
-            Sampling(temperature=0.5, guidance=1.5),
             Sampling(temperature=0.25),
             Sampling(temperature=0.25, guidance=1.5),
         ),

@@ -83,6 +83,8 @@ def test_a_recipes_help_shows_the_recipes_values(capsys):
         (["evaluate", "RUN"], "has no recipe.json; make a run with: cm3jax run"),
         (["generate", "nowhere", "a circle"], "run folder 'nowhere': no such folder"),
         (["generate", "RUN"], "needs a caption behind the run folder"),
+        (["generate", "RUN", "a circle", " "], "caption ' ': is empty; say what the picture shows"),
+        (["infill", "RUN", "x.png", "", "--box", "0", "0", "1", "1"], "caption '': is empty"),
         (["generate", "RUN", "x", "--count", "0"], "--count = 0: must be at least 1"),
         (["caption", "RUN"], "needs a picture file behind the run folder"),
         (["caption", "RUN", "nowhere.png"], "picture 'nowhere.png': No such file or directory"),
@@ -127,6 +129,12 @@ def test_sampling_starts_from_what_the_evaluation_chose(tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps(scores))
     assert cli.defaults("generate", [str(tmp_path), "x"]).sampling.temperature == 0.25
     assert cli.defaults("caption", [str(tmp_path), "x"]).sampling.temperature == 0.0
+
+
+def test_the_checkpoint_is_the_one_that_the_evaluation_chose(tmp_path):
+    assert cli.chosen_checkpoint(tmp_path) is None
+    (tmp_path / "report.json").write_text('{"protocol": {"checkpoint": {"step": 7}}}')
+    assert cli.chosen_checkpoint(tmp_path) == 7
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"text_to_image": {"sampling": {"temp": 1}}}', '{"text_to_image": 3}'])

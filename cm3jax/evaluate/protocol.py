@@ -1,4 +1,4 @@
-"""Score a run: choose the sampling settings on the validation split, then run test and composition once.
+"""Score a run: choose checkpoint and sampling on the validation split, then run test and composition once.
 
 Every figure is over the first `evaluate.samples` records of a split, never over picked ones. Where the data has ground
 truth (the embedded world) pictures and captions are read back by recognisers; these score only, and choose nothing.
@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from PIL import Image
 
+from cm3jax import checkpoint
 from cm3jax import config as configs
-from cm3jax.data import encode, pipeline, scenes, shards
+from cm3jax.data import encode, pipeline, scenes, shards, tokens
 from cm3jax.data.scenes_world import Scene, from_json
 from cm3jax.evaluate import pictures as closeness
 from cm3jax.evaluate import scenes as judges
@@ -77,13 +78,22 @@ def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) ->
       What scores.json holds: see `score`.
     """
     run, settings = pathlib.Path(run), recipe.evaluate
-    generator = generate.load(run, batch=settings.batch)
     names = shards.splits(run / "prepared")
     splits = {name: pairs(run / "prepared", name, settings.samples) for name in names if name != "train"}
     splits = {name: split for name, split in splits.items() if len(split)}
     if "test" not in splits:
         raise UserError(f"{run / 'prepared'}: no record in the test split; raise prepare.test, or mark some as test")
-    scores, examples = score(recipe, run, generator, splits, say)
+    measure = held_out(recipe, run)
+    losses = validation_losses(run, measure)
+    step = min(losses, key=losses.get) if losses else None
+    if losses:
+        say(f"evaluate: checkpoint {step}, of {', '.join(f'{s} (validation loss {x:.4f})' for s, x in losses.items())}")
+    generator = generate.load(run, batch=settings.batch, step=step)
+    scores, examples = score(recipe, generator, measure, splits, say)
+    scores["protocol"]["checkpoint"] = {
+        "step": step or checkpoint.steps(run / "decoder")[-1],
+        "validation_loss": losses,
+    }
     save(run / "evaluate", scores, examples)
     return scores
 
@@ -107,7 +117,7 @@ def pairs(prepared, split: str, most: int) -> Pairs:
     return Pairs(captions, stacked, truths, level) if truths else Pairs(captions, stacked)
 
 
-def score(recipe, run, generator, splits: dict[str, Pairs], say) -> tuple[dict, dict]:
+def score(recipe, generator, measure, splits: dict[str, Pairs], say) -> tuple[dict, dict]:
     """Return (scores, examples): the figures by task, and the first test examples with their pictures."""
     test = splits["test"]
     codes = {name: generator.encode(split.pictures) for name, split in splits.items()}
@@ -133,7 +143,9 @@ def score(recipe, run, generator, splits: dict[str, Pairs], say) -> tuple[dict, 
     say("evaluate: infilling")
     scores["infill"], examples["infill"] = infill(recipe.evaluate, generator, splits, codes, chosen)
     say("evaluate: perplexity")
-    scores["perplexity"] = perplexity(recipe, run, generator)
+    scores["perplexity"] = perplexity(measure, generator.params, "test")
+    if "validation" in splits:
+        scores["perplexity"]["validation"] = perplexity(measure, generator.params, "validation")
     return scores, {name: rows[: recipe.evaluate.sheet] for name, rows in examples.items()}
 
 
@@ -259,21 +271,45 @@ def hide(picture: np.ndarray, box) -> np.ndarray:
     return hidden
 
 
-def perplexity(recipe, run, generator) -> dict:
-    """Return exp(mean nll) per token of the test split: text and codes in causal order, infill in masked blocks."""
+def held_out(recipe: configs.Recipe, run: pathlib.Path) -> Callable[..., dict[str, tuple[float, float]]]:
+    """Return f(params, split, masked) -> {metric: (Σ w·nll, Σ w)} over the first rows of a split's tokens."""
     stage = recipe.decoder
     batches = math.ceil(recipe.evaluate.samples / stage.training.batch)
     stage = dataclasses.replace(stage, training=dataclasses.replace(stage.training, evaluate_batches=batches))
-    step = jax.jit(lambda params, batch: lm.losses(generator.model, stage, params, batch)[1])
-    found = {}
-    for masked, names in ((False, ("text", "image")), (True, ("infill",))):
+    net = lm.model(stage, recipe.vocab)
+    step = jax.jit(lambda params, batch: lm.losses(net, stage, params, batch)[1])
+
+    def measure(params, split: str, masked: bool):
         totals = None
-        for batch in pipeline.eval_batches(run / "tokens", "test", stage, recipe.vocab, masked):
-            metrics = step(generator.params, jax.tree.map(jax.numpy.asarray, batch))
+        for batch in pipeline.eval_batches(run / "tokens", split, stage, recipe.vocab, masked):
+            metrics = step(params, jax.tree.map(jax.numpy.asarray, batch))
             totals = metrics if totals is None else jax.tree.map(np.add, totals, metrics)
-        for name in names:
-            total, weight = totals[f"loss_{name}"]
-            found[name] = finite(math.exp(float(total) / float(weight))) if weight else None
+        return {name: (float(total), float(weight)) for name, (total, weight) in (totals or {}).items()}
+
+    return measure
+
+
+def validation_losses(run: pathlib.Path, measure) -> dict[int, float]:
+    """Return {step: mean validation nll, in nats} of the decoder's checkpoints; {} if there is nothing to choose on."""
+    steps = checkpoint.steps(run / "decoder")
+    if len(steps) < 2 or "validation" not in tokens.splits(run / "tokens"):
+        return {}
+    found = {}
+    for step in steps:
+        params = jax.tree.map(jax.numpy.asarray, checkpoint.load_params(run / "decoder", step=step))
+        total, weight = measure(params, "validation", True).get("loss", (0.0, 0.0))
+        if weight and math.isfinite(total):
+            found[step] = total / weight
+    return found
+
+
+def perplexity(measure, params, split: str) -> dict[str, float | None]:
+    """Return exp(mean nll) per token of a split: text and codes in causal order, infill in masked blocks."""
+    totals = {masked: measure(params, split, masked) for masked in (False, True)}
+    found = {}
+    for masked, name in ((False, "text"), (False, "image"), (True, "infill")):
+        total, weight = totals[masked].get(f"loss_{name}", (0.0, 0.0))
+        found[name] = finite(math.exp(total / weight)) if weight else None
     return found
 
 
