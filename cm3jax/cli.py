@@ -76,6 +76,7 @@ class Train:
         from cm3jax import hosts, run
         from cm3jax.data import paths
 
+        refuse_idle("train", self.recipe, configs.load(self.config), (self.stage, "vocab", "name"))
         hosts.start(self.cluster)
         remote = paths.is_remote(self.inputs)
         if remote and self.out:
@@ -83,7 +84,6 @@ class Train:
         elif remote:
             raise UserError(f"--inputs {self.inputs}: is copied to this machine; say where with --out")
         inputs = self.out if remote else str(folder(self.inputs))
-        refuse_idle("train", self.recipe, configs.load(self.config), (self.stage, "vocab", "name"))
         recipe, out = run.adopt(self.recipe, inputs, self.stage), self.out or self.inputs
         if self.out and not remote:
             run.link(self.stage, pathlib.Path(self.inputs), pathlib.Path(self.out))
