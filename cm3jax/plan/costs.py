@@ -12,18 +12,21 @@ BLOCK = 512
 """Queries of a block of the attention kernels; for each, the keys and values before it come from HBM anew."""
 
 
+Number = int | float
+
+
 class Flops(NamedTuple):
     """FLOPs of one step over all chips."""
 
-    model: float
+    model: Number
     """Matrices and output table, forward and backward: 6 a parameter and token. Looking a row up costs nothing."""
-    attention: float
+    attention: Number
     """Scores and their sum of values, forward and backward, of the keys that a query may see (half of all)."""
-    recompute: float
+    recompute: Number
     """What the backward pass does again: layers by the remat policy, scores by the kernel, logits by the chunk."""
 
     @property
-    def useful(self) -> float:
+    def useful(self) -> Number:
         """What MFU counts."""
         return self.model + self.attention
 
@@ -31,13 +34,13 @@ class Flops(NamedTuple):
 class Work(NamedTuple):
     """What one chip does in one step."""
 
-    matrices: float
+    matrices: Number
     """FLOPs of products with parameters."""
-    attention: float
+    attention: Number
     """FLOPs of attention, whole squares where the path at hand computes them."""
-    hbm: float
+    hbm: Number
     """Bytes between the chip and its HBM, if XLA fuses only what stands beside a product into it."""
-    host: float
+    host: Number
     """Bytes to and from the host's memory."""
 
 
@@ -103,8 +106,8 @@ the forward pass has 2 and the mathematics needs 4 (arXiv 2205.14135 algorithm 4
 class Again(NamedTuple):
     """How much of the forward pass the backward pass runs again."""
 
-    matrices: float
-    attention: float
+    matrices: Number
+    attention: Number
 
 
 def _again(shape: Shape) -> Again:
@@ -136,7 +139,7 @@ def work(shape: Shape) -> Work:
     )
 
 
-def _hbm(shape: Shape) -> float:
+def _hbm(shape: Shape) -> Number:
     """Return the bytes that one chip reads and writes.
 
     Values are two bytes; master weights, their gradients and moments, and scores of the vocabulary four.
@@ -157,7 +160,7 @@ def _hbm(shape: Shape) -> float:
     return tokens * (layer + attention + logits) + parts * weights + tables + optimizer
 
 
-def _layer_values(model: configs.Decoder, tensor: int) -> float:
+def _layer_values(model: configs.Decoder, tensor: int) -> Number:
     """Return the values that one token's forward pass of a layer reads and writes, attention aside."""
     d, mlp, groups = model.width, model.mlp_width or 4 * model.width, model.kv_heads or model.heads
     inner, products = model.heads * model.head_width, 3 if model.activation == "swiglu" else 2
@@ -166,7 +169,7 @@ def _layer_values(model: configs.Decoder, tensor: int) -> float:
     return split / tensor + whole
 
 
-def _attention_values(model: configs.Decoder, length: int, forward: int) -> float:
+def _attention_values(model: configs.Decoder, length: int, forward: Number) -> Number:
     """Return the values that one token's attention reads and writes, all passes."""
     width, groups = model.heads * model.head_width, model.kv_heads or model.heads
     if model.attention not in ("splash", "cudnn"):

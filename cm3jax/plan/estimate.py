@@ -6,8 +6,6 @@ and it takes the sum. Both at the rates of `slices.CHIPS`; a run that is slower 
 
 import dataclasses
 
-import jax
-
 from cm3jax.plan import costs, hlo, slices
 
 
@@ -15,26 +13,26 @@ from cm3jax.plan import costs, hlo, slices
 class Terms:
     """Seconds of one step, by what they are spent on."""
 
-    matrices: float
-    attention: float
-    hbm: float
-    ici: float
-    dcn: float
-    host: float
+    matrices: costs.Number
+    attention: costs.Number
+    hbm: costs.Number
+    ici: costs.Number
+    dcn: costs.Number
+    host: costs.Number
 
     @property
-    def low(self) -> float:
+    def low(self) -> costs.Number:
         """The largest term; products with parameters and attention share the matrix units."""
         return max(self.matrices + self.attention, self.hbm, self.ici, self.dcn, self.host)
 
     @property
-    def high(self) -> float:
+    def high(self) -> costs.Number:
         return sum(dataclasses.astuple(self))
 
 
 def terms(
     target: slices.Slice,
-    order: list[jax.Device],
+    order: list,
     shape: costs.Shape,
     collectives: list[hlo.Collective],
 ) -> Terms:
@@ -55,7 +53,7 @@ def terms(
     )
 
 
-def exchanges(target: slices.Slice, order: list[jax.Device], collectives: list[hlo.Collective]) -> dict[str, float]:
+def exchanges(target: slices.Slice, order: list, collectives: list[hlo.Collective]) -> dict[str, costs.Number]:
     """Return the seconds of all collectives: {"ici": within slices, "dcn": between them}."""
     abroad = [c for c in collectives if crosses(order, c.group)]
     within = [c for c in collectives if not crosses(order, c.group)]
@@ -65,12 +63,12 @@ def exchanges(target: slices.Slice, order: list[jax.Device], collectives: list[h
     }
 
 
-def crosses(order: list[jax.Device], group: tuple[int, ...]) -> bool:
+def crosses(order: list, group: tuple[int, ...]) -> bool:
     """Tell whether a group has members in several slices."""
     return len({getattr(order[i], "slice_index", 0) for i in group}) > 1
 
 
-def ici(target: slices.Slice, order: list[jax.Device], group: tuple[int, ...]) -> float:
+def ici(target: slices.Slice, order: list, group: tuple[int, ...]) -> costs.Number:
     """Return the bytes/s that leave a chip towards the rest of its group.
 
     Along each axis of the torus on which the group has several places: both directions if the group fills an axis that

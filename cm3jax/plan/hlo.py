@@ -193,7 +193,7 @@ def summary(found: list[Collective]) -> dict[str, dict[str, int | float]]:
     return {kind: {"count": v["count"], "gib": round(v["gib"], 6)} for kind, v in sorted(out.items())}
 
 
-def seconds(found: list[Collective], rate: Callable[[tuple[int, ...]], float]) -> float:
+def seconds(found: list[Collective], rate: Callable[[tuple[int, ...]], int | float]) -> int | float:
     """Return the time of collectives one after another.
 
     Args:
@@ -202,7 +202,7 @@ def seconds(found: list[Collective], rate: Callable[[tuple[int, ...]], float]) -
     return sum(one.times * traffic(one) / rate(one.group) for one in found)
 
 
-def traffic(one: Collective) -> float:
+def traffic(one: Collective) -> int | float:
     """Return the bytes that leave each chip ("How to Scale Your Model", chapter 3; all-to-all: on a ring)."""
     n = len(one.group)
     share = {"all-reduce": 2.0, "all-to-all": 0.25}.get(one.kind, 1.0)

@@ -95,7 +95,7 @@ def _lower(recipe: Recipe, step: programs.Step, rows: int, codes: int) -> jax.st
         )
 
 
-def _cache_bytes(recipe: Recipe, rows: int, slots: int) -> float:
+def _cache_bytes(recipe: Recipe, rows: int, slots: int) -> costs.Number:
     model = recipe.decoder.model
     values = 2 * model.layers * (model.kv_heads or model.heads) * model.head_width
     return decode.streams(GUIDED) * rows * slots * values * jnp.dtype(model.dtype).itemsize
@@ -110,7 +110,7 @@ def _flops(recipe: Recipe, rows: int, codes: int) -> costs.Flops:
     return costs.Flops(2.0 * passes * layers + 2.0 * streams * rows * codes * head, float(attention), 0.0)
 
 
-def _terms(plan: Plan, mesh, found: list[hlo.Collective], codes: int, cache: float) -> estimate.Terms:
+def _terms(plan: Plan, mesh, found: list[hlo.Collective], codes: int, cache: costs.Number) -> estimate.Terms:
     """Return the seconds of a batch: each token reads the weights (float32 as stored) and the whole cache."""
     chip, chips = plan.target.chip, mesh.size
     weights = 4 * plan.params / mesh.shape["tensor"]

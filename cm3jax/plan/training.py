@@ -42,8 +42,8 @@ class Plan:
     mesh: dict[str, int]
     params: int
     state: int
-    total: float
-    limit: float
+    total: costs.Number
+    limit: costs.Number
     fits: bool
     refusal: str
     flops: costs.Flops
@@ -76,18 +76,18 @@ class Plan:
         )
 
     @property
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self) -> tuple[costs.Number, costs.Number]:
         """A step if everything overlaps, and if nothing does."""
         return (self.terms.low, self.terms.high)
 
     @property
-    def mfu(self) -> tuple[float, float]:
+    def mfu(self) -> tuple[costs.Number, costs.Number]:
         """Model FLOPs (attention causal) over what the chips could do meanwhile: low, high."""
         best = self.flops.useful / (self.target.chips * self.target.chip.flops)
         return best / self.seconds[1], best / self.seconds[0]
 
     @property
-    def rate(self) -> tuple[float, float]:
+    def rate(self) -> tuple[costs.Number, costs.Number]:
         """Tokens/s: low, high."""
         return self.tokens / self.seconds[1], self.tokens / self.seconds[0]
 
