@@ -89,9 +89,7 @@ def significant(settings, where: str = ""):
         return settings
     paths = {k: f"{where}.{k}" if where else k for k in settings}
     return {
-        k: significant(v, paths[k])
-        for k, v in settings.items()
-        if k not in VOLATILE and paths[k] not in VOLATILE_PATHS
+        k: significant(v, paths[k]) for k, v in settings.items() if k not in VOLATILE and paths[k] not in VOLATILE_PATHS
     }
 
 
