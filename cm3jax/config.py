@@ -313,11 +313,11 @@ class Decoder:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype; parameters, norms, softmax and loss are float32."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-    """How training computes attention; the same within rounding. auto: splash (Pallas kernel) on TPU, cudnn on NVIDIA of
-    compute capability >= 8 in bfloat16 without packing.isolate, else xla. Sampling with a cache is always xla."""
+    """How training computes attention, alike within rounding. auto: splash (Pallas kernel) on TPU; cudnn on NVIDIA of
+    compute capability >= 8, in bfloat16 and without packing.isolate; else xla. Sampling with a cache is always xla."""
     remat: Literal["none", "dots", "full", "offload"] = "full"
-    """What the backward pass recomputes: nothing, all but matrix products, everything from each layer's input on; offload
-    is full with these inputs in the host's memory."""
+    """What the backward pass recomputes: nothing; all but matrix products; all from each layer's input on; offload:
+    as full, with these inputs in the host's memory."""
 
     def __post_init__(self):
         within(self, "decoder.model", 1, math.inf, "layers", "width", "heads")

@@ -43,6 +43,13 @@ def test_settings_that_do_not_decide_the_result_may_change():
     assert stages.differences(SETTINGS, changed(workers=7, mesh={"fsdp": 4}, save_every=3)) == []
 
 
+def test_a_way_to_compute_attention_may_change_and_where_the_tokenizer_has_attention_may_not():
+    old, new = ({"decoder": {"model": {"attention": a, "remat": a}}} for a in ("xla", "splash"))
+    assert not stages.differences(old, new)
+    assert stages.significant(new["decoder"]["model"], "decoder.model") == {}
+    assert stages.differences({"image": {"model": {"attention": [3]}}}, {"image": {"model": {"attention": []}}})
+
+
 def test_a_setting_that_the_record_lacks_counts_as_changed():
     assert stages.differences(SETTINGS, changed(ema=0.5)) == [("decoder.training.ema", "(absent)", 0.5)]
 

@@ -18,7 +18,7 @@ def attend(
     keys: Int[Array, "b s"],
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "b t n k"]:
-    """Return `attention.attend` under `attention.visible(queries, keys, first)`; the backward pass computes scores again.
+    """Return `attention.attend` under `attention.visible(queries, keys, first)`; going back, scores are computed again.
 
     Args:
       queries: Segment of each query.

@@ -16,7 +16,7 @@ from cm3jax import config as configs
 from cm3jax.nn import attention, attention_blocks, attention_splash
 
 LONG = 1024
-"""Queries from which on xla's attention goes block by block: below, the whole [t, s] is small and faster at once."""
+"""Queries above which xla's attention goes block by block; up to here the whole [t, s] is small, and faster at once."""
 
 
 class View(NamedTuple):

@@ -18,7 +18,7 @@ BLOCK = 512
 MaxText's configs use for v5e, v5p and v6e)."""
 
 SAVED = "attention"
-"""Name of the kernel's results (y, log-sum-exp) for remat policies: with these kept, a backward pass runs no forward."""
+"""Name of the kernel's results (y, log-sum-exp) for remat policies: with these kept, going back runs no forward."""
 
 INTERPRET = False
 """Run the kernel's Python instead of compiling it: for tests on machines without a TPU."""
