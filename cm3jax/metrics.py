@@ -56,7 +56,7 @@ class Writer:
 
     def write(self, step: int, seconds: float, group: str, values: dict[str, float]) -> None:
         """Write {group/name: value} of one step; `seconds` is the training time so far."""
-        named = {f"{group}/{name}": float(f"{value:.6g}") for name, value in values.items()}
+        named = {f"{group}/{name}": float(f"{value:.9g}") for name, value in values.items()}  # 9 tell all float32 apart
         with self.path.open("a") as f:
             f.write(json.dumps({"step": step, "seconds": round(seconds, 2), **named}) + "\n")
         for name, value in named.items():
