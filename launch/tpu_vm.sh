@@ -111,8 +111,7 @@ watch() {
     if [ "$DRY" ]; then
         note "every $EVERY s, until the last line says: == ended"
         qr describe --format='value(state.state)'
-        said=$(look)
-        echo "$said"
+        look
         [ ${#COMMAND[@]} = 0 ] || note "if the slice is lost or the run ended badly: resume"
         return
     fi
