@@ -7,6 +7,7 @@ Every verb is a dataclass of its arguments with a `__call__`. What a verb needs 
 import ctypes
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import pathlib
@@ -358,6 +359,19 @@ def main(argv=None) -> int:
     except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as e:
+        if traceback or not disk_is_full(e):
+            raise
+        print("cm3jax: the disk is full; free some space, and the same command continues", file=sys.stderr)
+        return 2
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or what it arose from, says so; the libraries that write shards have no errno."""
+    if error is None:
+        return False
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+    return full or disk_is_full(error.__cause__ or error.__context__)
 
 
 def settle_platform() -> None:
