@@ -7,6 +7,7 @@ Every verb is a dataclass of its arguments with a `__call__`. What a verb needs 
 import ctypes
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import pathlib
@@ -434,7 +435,10 @@ def main(argv=None) -> int:
     except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception:
+    except Exception as e:
+        if not traceback and disk_is_full(e):
+            print("cm3jax: the disk is full; free some space, and the same command continues", file=sys.stderr)
+            return failed(2)
         if not several():
             raise
         sys.excepthook(*sys.exc_info())
@@ -466,6 +470,14 @@ def failed(code: int) -> int:
     if several():
         sys.modules["cm3jax.hosts"].abandon(code)
     return code
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or what it arose from, says so; the libraries that write shards have no errno."""
+    if error is None:
+        return False
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+    return full or disk_is_full(error.__cause__ or error.__context__)
 
 
 def settle_platform() -> None:

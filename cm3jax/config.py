@@ -51,6 +51,7 @@ class Optimizer:
     """AdamW as in arXiv 2309.02591 table 3 and OPT, or Muon for the matrices with Adam for the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices by Muon, all else by Adam."""
     peak_lr: float = 3e-4
     """Peak learning rate of Adam(W)."""
     muon_lr: float = 0.02
@@ -58,14 +59,19 @@ class Optimizer:
     warmup: int = 1500
     """Steps of linear warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes from its peak to `final_fraction` of it."""
     final_fraction: float = 0.1
     """Learning rate at the last step as a fraction of the peak (ours: OPT's)."""
     b1: float = 0.9
+    """Decay of Adam's mean of gradients."""
     b2: float = 0.95
+    """Decay of Adam's mean of squared gradients."""
     eps: float = 1e-8
+    """Added to Adam's denominator."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the first moment (Adam's and Muon's); bfloat16 saves 2 bytes a parameter. The second is always float32."""
     weight_decay: float = 0.1
+    """Decoupled weight decay, times the learning rate."""
     clip: float = 1.0
     """Clip the global gradient norm to this; 0 for never."""
 
@@ -79,6 +85,7 @@ class Training:
     """What the one training loop needs to know, whatever it trains."""
 
     steps: int = 1000
+    """Updates in all."""
     batch: int = 32
     """Rows per step, over all hosts and accumulation steps."""
     accumulate: int = 1
@@ -88,12 +95,15 @@ class Training:
     ema: float = 0.0
     """Decay of the exponential moving average of the weights; 0 for none."""
     log_every: int = 20
+    """Steps between two lines of the log."""
     evaluate_every: int = 0
     """Steps between evaluations on the validation split; 0: only at the end."""
     evaluate_batches: int = 8
+    """Batches of an evaluation, at most."""
     sample_every: int = 0
     """Steps between sample pictures; 0: never."""
     save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints kept, the latest ones; 0: all."""
     workers: int = 0
@@ -101,6 +111,7 @@ class Training:
     profile: tuple[int, ...] = ()
     """Write an xprof trace of these steps, first and last, counted from 1, to profile/ in the stage's folder."""
     seed: int = 0
+    """Of the first weights, the order of the data and the masks."""
 
     def __post_init__(self):
         within(self, "training", 1, math.inf, "steps", "batch", "accumulate", "log_every", "evaluate_batches")
@@ -140,6 +151,7 @@ class Prepare:
     validation: float = 0.01
     """Share of the records whose split is not given that goes to validation, by hash of the pixels."""
     test: float = 0.01
+    """The same, for the test split."""
     shards: int = 0
     """Output shards of the training split; 0: by size."""
     image_feature: str = "image"
@@ -151,6 +163,7 @@ class Prepare:
     workers: int = 0
     """Processes; 0: one per core."""
     seed: int = 0
+    """scenes only: which scenes are drawn."""
 
     def __post_init__(self):
         within(self, "prepare", 0, SEEDS - 1, "seed")
@@ -163,7 +176,9 @@ class Text:
     sample: int = 1_000_000
     """Captions to train on, at most."""
     character_coverage: float = 0.9995
+    """Share of the text whose characters get a piece of their own; rarer ones are written as bytes."""
     seed: int = 0
+    """Of the choice of `sample` captions."""
 
     def __post_init__(self):
         within(self, "text", 1, math.inf, "sample")
@@ -178,11 +193,13 @@ class VQGAN:
     patch: int = 1
     """Fold patch x patch pixels into channels before the first layer (early patching; ours, for small machines)."""
     width: int = 128
+    """Channels before `multipliers`."""
     multipliers: tuple[int, ...] = (1, 1, 2, 4)
     """Channels of each resolution over `width`; a halving between two neighbours."""
     encoder_blocks: int = 2
     """Residual blocks per resolution."""
     decoder_blocks: int = 3
+    """The same, of the decoder."""
     encoder_kernel: int = 3
     """1 lets a code see its own patch only."""
     attention: tuple[int, ...] = (3,)
@@ -201,6 +218,7 @@ class VQGAN:
     codebook_ema: float = 0.0
     """Decay of codebook updates by moving averages; 0: by gradient."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters are float32."""
 
     def __post_init__(self):
         within(self, "image.model", 1, math.inf, "patch", "width", "z")
@@ -226,9 +244,13 @@ class VQGANLoss:
     """Weights of the tokenizer's losses (arXiv 2012.09841 §3, arXiv 2203.13131 §3)."""
 
     l1: float = 1.0
+    """Weight of the absolute error of pixels."""
     l2: float = 0.0
+    """Weight of the squared error of pixels."""
     commitment: float = 0.25
+    """Weight that draws the encoder's outputs to their codes."""
     perceptual: float = 1.0
+    """Weight of the distance in a feature network; 0: none."""
     perceptual_weights: str = ""
     """File of LPIPS's VGG16 weights (safetensors); "": a stated substitute on multi-scale gradients."""
     adversarial: float = 0.75
@@ -287,8 +309,11 @@ class Decoder:
     """Network of the language model. Defaults: CM3Leon (arXiv 2309.02591 §2.3); switches: Chameleon (2405.09818)."""
 
     layers: int = 24
+    """Blocks of attention and feed-forward."""
     width: int = 1024
+    """Width of the residual stream; a multiple of `heads`."""
     heads: int = 16
+    """Heads of the queries."""
     kv_heads: int = 0
     """Heads of keys and values (grouped-query attention); 0: as many as `heads`."""
     head_size: int = 0
@@ -296,13 +321,17 @@ class Decoder:
     mlp_width: int = 0
     """Width of the feed-forward layer; 0: 4 x width."""
     activation: Literal["relu", "swiglu"] = "relu"
+    """swiglu: gated, as in Chameleon."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """CM3Leon's layernorm has no learned parameters; rmsnorm has a learned scale, as in Chameleon."""
     norm_order: Literal["pre", "post"] = "pre"
     """post: Chameleon 34B's, the norm after attention and feed-forward, inside the residual branch."""
     norm_eps: float = 1e-5
+    """Added to the variance in norms."""
     position: Literal["learned", "rope", "both"] = "learned"
+    """A learned table, rotations of queries and keys (Chameleon), or both."""
     rope_theta: float = 10_000.0
+    """Base of the rotations' wavelengths."""
     qk_norm: bool = False
     """LayerNorm per head on queries and keys, as in Chameleon."""
     tied: bool = True
@@ -310,6 +339,7 @@ class Decoder:
     init_std: float = 0.006
     """Truncated normal, cut at 3 standard deviations; output projections start at 0."""
     position_std: float = 0.0002
+    """As `init_std`, of the table of positions."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype; parameters, norms, softmax and loss are float32."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
@@ -412,6 +442,7 @@ class DecoderStage:
     loss_chunk: int = 512
     """Positions of a row whose logits exist at one time."""
     eval_mask_seed: int = 0
+    """Of order and masks in evaluations, which are the same at every step."""
     mixture: Mixture = Mixture()
 
     def __post_init__(self):
@@ -462,6 +493,7 @@ class Evaluate:
     samples: int = 512
     """Held-out examples behind every figure."""
     batch: int = 128
+    """Rows drawn or written at one time."""
     draw: tuple[Sampling, ...] = (
         Sampling(temperature=1.0),
         Sampling(temperature=0.5),
@@ -477,6 +509,7 @@ class Evaluate:
     sheet: int = 16
     """Examples shown in the report."""
     seed: int = 0
+    """Of what is drawn, and of the objects that are infilled."""
 
     def __post_init__(self):
         within(self, "evaluate", 1, math.inf, "samples", "batch", "validation_samples", "max_text")
@@ -491,6 +524,7 @@ class Recipe:
     """One experiment: its stages in order."""
 
     name: str = "unnamed"
+    """Of the run; its folder is runs/NAME unless --out says otherwise."""
     vocab: Vocab = Vocab()
     prepare: Prepare = Prepare()
     text: Text = Text()

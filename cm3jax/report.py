@@ -5,12 +5,14 @@ evaluate/examples.json and its pictures, */metrics.jsonl (curves), recipe.json.
 """
 
 import base64
+import contextlib
 import dataclasses
 import importlib.metadata
 import io
 import json
 import pathlib
 import platform
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -191,8 +193,8 @@ def sheet(title: str, pictures: Sequence, captions: Sequence[str], correct=None,
       correct: Verdict on each, or None; a picture whose verdict is False is framed and says so.
     """
     verdicts = list(correct or [None] * len(pictures))
-    font, head = ImageFont.load_default(look.text), ImageFont.load_default(look.head)
-    lines = [wrap(caption, font, look.side) for caption in captions]
+    font, head = font_for([title, *captions], look.text), font_for([title, *captions], look.head)
+    lines = [wrap(plain(caption, font), font, look.side) for caption in captions]
     notes = [["not as asked"] if verdict is False else [] for verdict in verdicts]
     rows = [range(i, min(i + look.columns, len(pictures))) for i in range(0, len(pictures), look.columns)]
     heights = [look.side + 8 + look.line * max(len(notes[i] + lines[i]) for i in row) for row in rows]
@@ -200,7 +202,7 @@ def sheet(title: str, pictures: Sequence, captions: Sequence[str], correct=None,
     size = (look.gap + look.columns * (look.side + look.gap), top + sum(heights) + look.gap * max(len(rows), 1))
     canvas = Image.new("RGB", size, look.paper)
     draw = ImageDraw.Draw(canvas)
-    draw.text((look.gap, look.gap), title, look.ink, head)
+    draw.text((look.gap, look.gap), plain(title, head), look.ink, head)
     for row, height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):
             x = look.gap + column * (look.side + look.gap)
@@ -209,6 +211,48 @@ def sheet(title: str, pictures: Sequence, captions: Sequence[str], correct=None,
                 draw.text((x, y + j * look.line), line, look.wrong if j < len(notes[i]) else look.ink, font)
         top += height + look.gap
     return canvas
+
+
+FONTS = (
+    *(
+        "DejaVuSans.ttf",
+        "NotoSans-Regular.ttf",
+        "LiberationSans-Regular.ttf",
+        "FreeSans.ttf",
+        "NotoSansCJK-Regular.ttc",
+    ),
+    *("Arial Unicode.ttf", "Helvetica.ttc", "arial.ttf", "segoeui.ttf", "msgothic.ttc"),
+)
+"""Looked for among the system's fonts where a text has signs that Pillow's own font, hardly more than ASCII, lacks."""
+
+
+def font_for(texts: Sequence[str], size: int):
+    """Return Pillow's own font if it has all signs of the texts, else the one on this machine that lacks the fewest."""
+    wanted = {sign for text in texts for sign in text if not sign.isspace()}
+    found = [ImageFont.load_default(size)]
+    if lacking(found[0], wanted):
+        for name in FONTS:
+            with contextlib.suppress(OSError):  # not installed
+                found.append(ImageFont.truetype(name, size))
+    return min(found, key=lambda font: len(lacking(font, wanted)))
+
+
+def lacking(font, signs) -> set[str]:
+    """Return the signs for which a font has no picture but its empty box."""
+
+    def look(sign: str) -> tuple:
+        mask = font.getmask(sign)
+        return mask.size, bytes(mask)
+
+    box = look("\uffff")  # no character, in any font
+    return {sign for sign in signs if look(sign) == box}
+
+
+def plain(text: str, font) -> str:
+    """Return a text in which accents that the font lacks are left out; what it lacks otherwise stays an empty box."""
+    missing = lacking(font, set(text))
+    bare = {sign: unicodedata.normalize("NFKD", sign)[0] for sign in missing}
+    return "".join(bare.get(sign, sign) for sign in text)
 
 
 def place(canvas: Image.Image, draw, look: Look, corner: tuple[int, int], picture, verdict: bool | None) -> int:

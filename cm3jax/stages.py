@@ -220,7 +220,7 @@ def locked(run: pathlib.Path):
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / ".lock", "a")  # noqa: SIM115 (closed below; `with` would hide the error's cause)
     except OSError as e:
-        raise UserError(f"run folder {str(run)!r}: {e.strerror}; choose another with --out") from None
+        raise UserError(f"run folder {str(run)!r}: {e.strerror}; choose another folder") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

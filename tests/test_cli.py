@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and that a mistake is one line."""
 
+import errno
 import json
 import os
 import pathlib
@@ -178,6 +179,24 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys, monkeypatch):
     assert capsys.readouterr().err.strip() == (
         "cm3jax: stopped at step 3 and saved; the same command continues from there"
     )
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "x"), RuntimeError("write() failed: No space left on device")])
+def test_a_full_disk_is_one_line(capsys, monkeypatch, error):
+    def write(*_, **__):
+        try:
+            raise error
+        finally:
+            raise ValueError("what orbax makes of it")
+
+    monkeypatch.setattr(run, "run", write)
+    assert "the disk is full; free some space" in refuse(capsys, "run", str(ROOT / "configs" / "quickstart.py"))
+
+
+def test_a_bug_shows_where_it_is(monkeypatch):
+    monkeypatch.setattr(run, "run", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", str(ROOT / "configs" / "quickstart.py")])
 
 
 @pytest.fixture(scope="module")

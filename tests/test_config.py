@@ -1,4 +1,6 @@
+import ast
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -131,6 +133,17 @@ def test_every_setting_has_a_default():
     missing = dataclasses.MISSING
     for name, field in fields(config.Recipe):
         assert field.default is not missing or field.default_factory is not missing, name
+
+
+def test_every_setting_says_what_it_is():
+    """The flags' help is the docstring behind a field; a nested section's is that of its class."""
+    sections = {cls.__name__ for cls in vars(config).values() if dataclasses.is_dataclass(cls)}
+    for cls in ast.parse(pathlib.Path(config.__file__).read_text()).body:
+        body = cls.body if isinstance(cls, ast.ClassDef) else []
+        for field, behind in itertools.pairwise([*body, None]):
+            if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) not in sections:
+                documented = isinstance(behind, ast.Expr) and isinstance(behind.value, ast.Constant)
+                assert documented, f"{cls.name}.{field.target.id}"
 
 
 def test_fixed_places_for_pictures_of_another_size_are_refused():

@@ -98,6 +98,7 @@ def test_a_run_without_ground_truth_has_a_page_without_accuracies(tmp_path):
     report.write(run)
     text = page(run).text
     assert "Perplexity: captions" in text and "objects" not in text and "wrong" not in text
+    assert text.count("true: ") == 16  # a reader compares where no recogniser does
     assert (run / "samples.png").stat().st_size
 
 
@@ -139,6 +140,19 @@ def test_text_that_is_too_long_ends_with_an_ellipsis():
     assert len(lines) == 3 and lines[-1].endswith("…")
     (line,) = report.wrap("x" * 200, font, 90)
     assert line.endswith("…") and font.getlength(line) <= 90
+
+
+def test_a_font_is_looked_for_that_has_the_signs_of_the_captions():
+    own = ImageFont.load_default(15)
+    assert report.font_for(["a red circle", "…"], 15).getname() == own.getname()
+    assert report.lacking(own, set("aé→マ")) == set("é→マ")
+    found = report.font_for(["un carré → à côté"], 15)  # the machine's, if it has one of those
+    assert found.getname() == own.getname() or not report.lacking(found, set("uncarré→àôt"))
+
+
+def test_accents_that_a_font_lacks_are_left_out():
+    own = ImageFont.load_default(15)
+    assert report.plain("un carré gris: マ", own) == "un carre gris: マ"
 
 
 @pytest.mark.parametrize("size", [(300, 200), (64, 64), (7, 5), (256, 256), (1000, 3)])

@@ -142,7 +142,7 @@ def test_a_run_folder_is_held_by_one_process(tmp_path):
 
 def test_a_run_folder_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another with --out"), stages.locked(tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match="choose another folder"), stages.locked(tmp_path / "file" / "run"):
         pass
 
 

@@ -50,7 +50,7 @@ class Bad(Exception):
     """Raised where an example is found to be bad; whoever reads the source turns it into a `Reject`."""
 
     def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
     def reject(self, key: str, where: str) -> Reject:

@@ -258,7 +258,8 @@ class Generator:
         left = np.minimum(max_text, self._room(prompts, "the caption", 2) - 1)
         state = grammar.start([grammar.SPAN_START] * len(prompts), left=left)
         rules = grammar.captions(self.vocab, self.text.size, self.codes)
-        drawn = self._draw(rules, prompts, state, decode.bucket(max_text + 1), seed, sampling)
+        steps = decode.bucket(int(left.max(initial=1)) + 1)  # what the row has room for, however large max_text is
+        drawn = self._draw(rules, prompts, state, steps, seed, sampling)
         return [document.decode_text(ids[:-1], self.text, self.vocab) for ids in drawn]
 
     def _room(self, prompts, what: str, needed: int) -> np.ndarray:
