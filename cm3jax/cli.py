@@ -43,6 +43,7 @@ class Prepare:
     """With --hosts: which of them this is, 0 to N - 1."""
     hosts: int = 1
     """Hosts that share the work, on one disk, each with this command; the last to end writes the summary."""
+    cluster: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
 
     def __call__(self):
         if self.prepare.source:
@@ -107,18 +108,18 @@ class Encode:
     cluster: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
 
     def __call__(self):
-        from cm3jax import hosts, run
+        from cm3jax import run
 
-        hosts.start(self.cluster)
         refuse_idle("encode", self.recipe, run_recipe(self.run), ("tokens",))
         make(run.adopt(self.recipe, self.run, "tokens"), self.run, "tokens", self)
 
 
 def make(recipe: Recipe, out: str, stage: str, flags: Prepare | Encode) -> None:
     """Make a stage, or this host's share of it."""
-    from cm3jax import parts, run
+    from cm3jax import hosts, parts, run
 
     if flags.hosts == 1 and flags.host == 0:
+        hosts.start(flags.cluster)
         run.run(recipe, out, redo=stage if flags.redo else "", only=stage)
     elif flags.redo:
         raise UserError("--redo: not with --hosts, as it would remove what the others made; delete the stage's folder")

@@ -55,10 +55,14 @@ def settings(section: str, *vocab: str) -> Callable[[Recipe], dict[str, Any]]:
 
 
 def prepare(recipe: Recipe, run: pathlib.Path) -> None:
-    """Source -> prepared/."""
+    """Source -> prepared/; several processes share the shards, the lead writes the summary."""
     from cm3jax.data import prepare
 
-    prepare.prepare(recipe.prepare, run / "prepared")
+    if hosts.count() > 1:
+        prepare.part(recipe.prepare, run / "prepared", hosts.index(), hosts.count(), progress=hosts.lead())
+        hosts.barrier("prepared shards")
+    if hosts.lead():
+        prepare.prepare(recipe.prepare, run / "prepared")
 
 
 def text(recipe: Recipe, run: pathlib.Path) -> None:
@@ -102,16 +106,12 @@ def image(recipe: Recipe, run: pathlib.Path) -> None:
 
 
 def tokens(recipe: Recipe, run: pathlib.Path) -> None:
-    """Records and the two tokenizers -> tokens/; several processes share the shards, the first writes the index."""
-    import jax
-    from jax.experimental import multihost_utils
-
+    """Records and the two tokenizers -> tokens/; several processes share the shards, the lead writes the index."""
     from cm3jax.data import encode
 
-    encode_shards(recipe, run, jax.process_index(), jax.process_count())
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("token shards")
-    if jax.process_index() == 0 and not encode.finish(run / "prepared", run / "tokens"):
+    encode_shards(recipe, run, hosts.index(), hosts.count())
+    hosts.barrier("token shards")
+    if hosts.lead() and not encode.finish(run / "prepared", run / "tokens"):
         raise UserError(f"{run / 'tokens'}: not all shards are there; do the hosts see one disk?")
 
 
@@ -442,7 +442,7 @@ def bring(stage: Stage, recipe: Recipe, folder: pathlib.Path, title: str, how: s
     say(f"{title}: {stages.read(stage.folder(folder)).seconds:.1f} s in all")
 
 
-TOGETHER = {"image", "decoder"}
+TOGETHER = {"prepare", "image", "tokens", "decoder"}
 """Stages that all hosts work on; during the others they wait for the lead."""
 
 
