@@ -414,7 +414,8 @@ FIRST = RECIPES | dict.fromkeys(SAMPLED, "RUN")
 def main(argv=None) -> int:
     """Run one command; return its exit code.
 
-    0, also when SIGTERM stopped a training that then was saved; 2 for a mistake in the input; 130 for Ctrl-C.
+    0, also when SIGTERM stopped a training that then was saved; 2 for a mistake in the input; 75 if the
+    other hosts did not come; 130 for Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     settle_platform()
@@ -425,7 +426,7 @@ def main(argv=None) -> int:
         if traceback:
             raise
         print(f"cm3jax: {' '.join(str(e).split())}", file=sys.stderr)
-        return failed(2)
+        return failed(e.code)
     except KeyboardInterrupt as e:
         if traceback:
             raise

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 import cm3jax.config as configs
-from cm3jax.types import UserError
+from cm3jax.types import Unavailable, UserError
 
 HEARTBEAT = 20
 """Seconds without a sign of life after which a host counts as dead (jax's own: 100); the others then end at once."""
@@ -54,7 +54,7 @@ def start(settings: configs.Hosts) -> None:
         return  # a machine of its own
     except RuntimeError as e:
         text = " ".join(str(e).split())[:160]
-        raise UserError(f"hosts: not all processes came up within {CONNECT} s ({text}); see their logs") from None
+        raise Unavailable(f"hosts: not all processes came up within {CONNECT} s ({text}); see their logs") from None
     if count() > 1:
         print(f"host {index()} of {count()}: {jax.local_device_count()} of {jax.device_count()} devices", flush=True)
 

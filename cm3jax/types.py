@@ -48,7 +48,15 @@ class Record:
 
 
 class UserError(Exception):
-    """A mistake in the input. The command line prints it as one line and exits with code 2.
+    """A mistake in the input. The command line prints it as one line and exits with `code`.
 
     The message names the value, the limit and the fix.
     """
+
+    code = 2
+
+
+class Unavailable(UserError):
+    """Nothing that the user could correct: the same command may work later. launch/again.sh starts it again."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h
