@@ -53,8 +53,9 @@ def names(value, prefix: str = "") -> list[str]:
     hints = typing.get_type_hints(type(value), include_extras=True)
     found = []
     for field in dataclasses.fields(value):
-        child = getattr(value, field.name)
-        name = prefix if FLAT in getattr(hints[field.name], "__metadata__", ()) else f"{prefix}{field.name}."
+        child, notes = getattr(value, field.name), getattr(hints[field.name], "__metadata__", ())
+        own = next((note.name for note in notes if getattr(note, "name", None)), field.name)
+        name = prefix if FLAT in notes else f"{prefix}{own}."
         if dataclasses.is_dataclass(child):
             found += names(child, name)
         elif isinstance(child, tuple) and child and dataclasses.is_dataclass(child[0]):

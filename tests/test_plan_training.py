@@ -89,11 +89,12 @@ def test_mfu_counts_model_and_visible_attention_and_no_recomputation():
 
 
 def test_what_does_not_fit_says_by_how_much_in_the_compiler_s_words_and_what_to_try():
-    change = next(training.changes(SMALL, 4))
-    text = table.text(made_up(fits=False), SMALL.decoder.training, change)
+    plan = made_up(fits=False)
+    change = training.likely(plan, SMALL, 4)
+    text = table.text(plan, SMALL.decoder.training, change)
     assert "20.00 GiB of 15.75: does not fit, by 4.25 GiB" in text
     assert "Used 20.00G of 15.75G hbm." in text
-    assert "--decoder.accumulate 4; or --search" in text
+    assert "--decoder.accumulate 4, by estimate; --search" in text
 
 
 def test_the_whole_run_s_days_and_chip_hours_are_printed():

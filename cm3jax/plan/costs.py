@@ -139,6 +139,14 @@ def work(shape: Shape) -> Work:
     )
 
 
+def kept(model: configs.Decoder) -> Number:
+    """Return the values of a token and layer that wait on the chip for the backward pass, roughly."""
+    d, inner, mlp = model.width, model.heads * model.head_width, model.mlp_width or 4 * model.width
+    products = 3 * d + 2 * inner + (2 if model.activation == "swiglu" else 1) * mlp
+    policies = {"none": 2 * _layer_values(model, 1), "dots": products, "full": d, "offload": d / 8}
+    return policies[model.remat]
+
+
 def _hbm(shape: Shape) -> Number:
     """Return the bytes that one chip reads and writes.
 

@@ -14,7 +14,7 @@ def training(recipe: Recipe, topology: str, count: int, search: bool, as_json: b
     """Plan a training and print it; return 0 if it fits, 1 if not."""
     target = slices.parse(topology, count)
     plan = trainings.plan(recipe, target)
-    change = next(trainings.changes(recipe, target.chips), None)
+    change = None if plan.fits else trainings.likely(plan, recipe, target.chips)
     if not plan.fits and search:
         print(table.text(plan, recipe.decoder.training, change), file=sys.stderr, flush=True)
         if found := trainings.search(recipe, target, lambda line: print(line, file=sys.stderr, flush=True)):

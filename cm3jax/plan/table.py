@@ -34,7 +34,7 @@ def text(plan: Plan, training: configs.Training | None = None, change: Change | 
         rows.append(("compiler", plan.refusal))
     if not plan.fits:
         smaller = "a larger slice, fewer --rows, or --decoder.tensor" if not training else "a larger slice"
-        hint = f"{change.flags}; or --search, which compiles such changes" if change else smaller
+        hint = f"{change.flags}, by estimate; --search compiles such changes" if change else smaller
         rows.append(("to try", hint))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {line}" for name, value in rows for name, line in _lines(name, value))

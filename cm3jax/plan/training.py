@@ -190,6 +190,20 @@ def _change(recipe: Recipe, model: configs.Decoder, training: configs.Training) 
     return Change(flags, dataclasses.replace(recipe, decoder=stage))
 
 
+def likely(plan: Plan, recipe: Recipe, chips: int) -> Change | None:
+    """Return the first of `changes` with which a step should fit: activations by the values kept and rows at a time.
+
+    An estimate: only compiling tells (`search`).
+    """
+
+    def kept(stage: configs.DecoderStage) -> costs.Number:
+        return costs.kept(stage.model) / stage.training.accumulate
+
+    activations = (plan.total - plan.state) / kept(recipe.decoder)
+    found = changes(recipe, chips)
+    return next((c for c in found if plan.state + activations * kept(c.recipe.decoder) <= plan.limit), None)
+
+
 def search(recipe: Recipe, target: slices.Slice, say: Callable[[str], None]) -> tuple[Change, Plan] | None:
     """Return the cheapest of `changes` with which a step fits, and its plan; None if none does."""
     devices = compiler.devices(target)

@@ -3,6 +3,11 @@
     cm3jax run configs/cm3leon/350m.py --data SOURCE --out runs/350m
 
 The paper: 256 accelerators, batch 8M tokens, 1.4T tokens. Not run here: no weights and no such data are public.
+Meant for v5e-64. What `cm3jax plan configs/cm3leon/350m.py --topology v5e-64` printed, an estimate (libtpu 0.0.42):
+
+    v5e-64    5.78 of 15.75 GiB a chip   MFU 0.354 to 0.545   6.6 to 10.2 days
+
+Heads of 64 fill half of a matrix unit of 128: attention takes as long as if it were twice the work.
 """
 
 from cm3jax.config import Decoder, DecoderStage, Mask, Optimizer, Packing, Recipe, Training

@@ -3,6 +3,11 @@
     cm3jax run configs/cm3leon/7b.py --data SOURCE --out runs/7b
 
 The paper: 512 accelerators, batch 8M tokens, 2.4T tokens. Not run here: no weights and no such data are public.
+Meant for v5e-256 (there --decoder.accumulate 2 has four times fewer exchanges) and larger; fits smaller slices too.
+What `cm3jax plan configs/cm3leon/7b.py --topology SLICE` printed, an estimate (libtpu 0.0.42):
+
+    v5e-256   6.31 of 15.75 GiB a chip   MFU 0.469 to 0.730   33 to 51 days
+    v5p-64   27.15 of 95.74 GiB a chip   MFU 0.574 to 0.730   113 to 143 days
 """
 
 from cm3jax.config import Decoder, DecoderStage, Mask, Optimizer, Packing, Recipe, Training
