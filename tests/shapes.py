@@ -26,5 +26,14 @@ def _values(jaxpr):
     for equation in jaxpr.eqns:
         yield from (v.aval for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "shape"))
         if equation.primitive.name != "pallas_call":  # inside are a chip's blocks
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in _programs(equation.params):
                 yield from _values(inner)
+
+
+def _programs(params):
+    """The bodies of loops, branches and calls."""
+    for value in params.values():
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            x = getattr(x, "jaxpr", x)
+            if hasattr(x, "eqns"):
+                yield x
