@@ -134,7 +134,7 @@ class Generate:
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Run folder with text/, image/ and decoder/."""
     prompts: Positional[Annotated[tuple[str, ...], arg(metavar="PROMPT")]]
-    """Captions, such as "a red circle"."""
+    """Captions, such as "a large red circle top left, on white"."""
     count: int = 1
     """Pictures of each."""
     seed: int = 0
@@ -148,7 +148,9 @@ class Generate:
         run = folder(self.run)
         prompts = [prompt for prompt in self.prompts for _ in range(positive("count", self.count))]
         if not prompts:
-            raise UserError('generate: needs a caption behind the run folder, such as "a red circle"')
+            raise UserError(
+                'generate: needs a caption behind the run folder, such as "a large red circle top left, on white"'
+            )
         for prompt in self.prompts:
             stated(prompt)
         from cm3jax import png
@@ -194,9 +196,9 @@ class Caption:
 class Infill:
     """Fill a region of a picture (--box), or the <mask> in a caption.
 
-    cm3jax infill RUN PICTURE "a red circle" --box 0 0 0.5 0.5
+    cm3jax infill RUN PICTURE "a large red circle top left, on white" --box 0 0 0.5 0.5
 
-    cm3jax infill RUN PICTURE "a <mask> circle"
+    cm3jax infill RUN PICTURE "a large <mask> circle top left, on white"
 
     Words are the likeliest ones unless a sampling flag or --count says otherwise.
     """

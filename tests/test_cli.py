@@ -109,6 +109,8 @@ def test_a_recipes_help_shows_the_recipes_values(capsys):
         (["encode", "MADE", "--evaluate.samples", "3"], "to: --tokens.*"),
         (["train", "CONFIG", "--inputs", "MADE", "--image.steps", "3"], "to: --decoder.*, --vocab.*, --name"),
         (["bench", "speed"], "'speed'"),
+        (["bench", "decode", "--config", "nowhere.py"], "config 'nowhere.py': no such file"),
+        (["bench", "data", "--out", "nowhere/a.json"], "--out nowhere/a.json: there is no folder 'nowhere'"),
         (["bench", "data", "--rounds", "0"], "rounds = 0: must be at least 1"),
         (["run", "CONFIG", "--vocab.image", "65536"], "more than the 65536 that uint16 shards hold"),
     ],
