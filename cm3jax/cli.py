@@ -4,13 +4,16 @@ Every verb is a dataclass of its arguments with a `__call__`. What a verb needs 
 `--help` answers at once. The environment is read here and nowhere below: CM3JAX_TRACEBACK=1 shows where an error arose.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import difflib
 import errno
 import json
+import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 from typing import Annotated, Literal
 
@@ -343,6 +346,8 @@ FIRST = RECIPES | dict.fromkeys(SAMPLED, "RUN")
 
 def main(argv=None) -> int:
     """Run one command; return its exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C."""
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was told to ignore it
+        signal.signal(signal.SIGINT, stop_here)
     argv = list(sys.argv[1:] if argv is None else argv)
     settle_platform()
     traceback = "--traceback" in argv or os.environ.get("CM3JAX_TRACEBACK", "0") not in ("", "0")
@@ -356,7 +361,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt as e:
         if traceback:
             raise
-        print(f"\ncm3jax: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
+        print(f"\ncm3jax: {str(e) or INTERRUPTED}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -366,6 +371,23 @@ def main(argv=None) -> int:
             raise
         print("cm3jax: the disk is full; free some space, and the same command continues", file=sys.stderr)
         return 2
+
+
+INTERRUPTED = "interrupted; the same command continues"
+
+
+def stop_here(number, frame) -> None:
+    """End this process at Ctrl-C, wherever it is; the training loop has a handler of its own, which saves first.
+
+    What a stage leaves on disk stands every kill. An exception instead of an exit may arise in a function that compiled
+    code calls, and is then lost, or takes the process down with C++'s words. Workers, though, must be told to stop.
+    """
+    if multiprocessing.active_children():
+        raise KeyboardInterrupt
+    with contextlib.suppress(RuntimeError, OSError):  # it was writing just now, or nobody listens
+        sys.stdout.flush()
+    os.write(2, f"\ncm3jax: {INTERRUPTED}\n".encode())
+    os._exit(130)
 
 
 def disk_is_full(error: BaseException | None) -> bool:
