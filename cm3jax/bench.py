@@ -456,17 +456,23 @@ def main(what: str = "all", config: str = TINY, rounds: int = 5, compiled: bool 
       rounds: Rounds of each contestant.
       compiled: In `train`, compare with torch.compile too.
       out: JSON file to write too; "": none.
+
+    Raises:
+      UserError: before anything is measured, if an argument is wrong.
     """
     if what not in (*PARTS, "all"):
         raise UserError(f"bench {what}: no such benchmark; one of {', '.join(PARTS)}, all")
     if rounds < 1:
         raise UserError(f"rounds = {rounds}: must be at least 1")
+    if out and not pathlib.Path(out).absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {str(pathlib.Path(out).parent)!r}; make it, or name another")
+    recipe = configs.load(config) if what in ("train", "decode", "all") else None
     here, rows = machine(), []
     print(", ".join(f"{k} {v}" for k, v in here.items()) + "; median, and range of the rounds", flush=True)
     for part in PARTS if what == "all" else (what,):
         found = {
-            "train": lambda: train(configs.load(config), rounds, compiled=compiled),
-            "decode": lambda: decode(configs.load(config), rounds),
+            "train": lambda: train(recipe, rounds, compiled=compiled),
+            "decode": lambda: decode(recipe, rounds),
             "data": lambda: data(rounds),
             "prepare": lambda: prepare(rounds),
         }[part]()

@@ -4,11 +4,13 @@ Every verb is a dataclass of its arguments with a `__call__`. What a verb needs 
 `--help` answers at once. The environment is read here and nowhere below: CM3JAX_TRACEBACK=1 shows where an error arose.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import difflib
 import errno
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -167,7 +169,7 @@ class Generate:
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Run folder with text/, image/ and decoder/."""
     prompts: Positional[Annotated[tuple[str, ...], arg(metavar="PROMPT")]]
-    """Captions, such as "a red circle"."""
+    """Captions, such as "a large red circle top left, on white"."""
     count: int = 1
     """Pictures of each."""
     seed: int = 0
@@ -181,7 +183,9 @@ class Generate:
         run = folder(self.run)
         prompts = [prompt for prompt in self.prompts for _ in range(positive("count", self.count))]
         if not prompts:
-            raise UserError('generate: needs a caption behind the run folder, such as "a red circle"')
+            raise UserError(
+                'generate: needs a caption behind the run folder, such as "a large red circle top left, on white"'
+            )
         for prompt in self.prompts:
             stated(prompt)
         from cm3jax import png
@@ -227,9 +231,9 @@ class Caption:
 class Infill:
     """Fill a region of a picture (--box), or the <mask> in a caption.
 
-    cm3jax infill RUN PICTURE "a red circle" --box 0 0 0.5 0.5
+    cm3jax infill RUN PICTURE "a large red circle top left, on white" --box 0 0 0.5 0.5
 
-    cm3jax infill RUN PICTURE "a <mask> circle"
+    cm3jax infill RUN PICTURE "a large <mask> circle top left, on white"
 
     Words are the likeliest ones unless a sampling flag or --count says otherwise.
     """
@@ -417,6 +421,8 @@ def main(argv=None) -> int:
     0, also when SIGTERM stopped a training that then was saved; 2 for a mistake in the input; 75 if the
     other hosts did not come; 130 for Ctrl-C.
     """
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was told to ignore it
+        signal.signal(signal.SIGINT, stop_here)
     argv = list(sys.argv[1:] if argv is None else argv)
     settle_platform()
     traceback = "--traceback" in argv or os.environ.get("CM3JAX_TRACEBACK", "0") not in ("", "0")
@@ -430,7 +436,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt as e:
         if traceback:
             raise
-        print(f"\ncm3jax: {str(e) or 'interrupted; the same command continues'}", file=sys.stderr)
+        print(f"\ncm3jax: {str(e) or INTERRUPTED}", file=sys.stderr)
         number = getattr(e, "number", 0)  # 0: nothing was saved
         code = 0 if number == signal.SIGTERM else 130
         return ended(code) if number else failed(code)
@@ -472,6 +478,23 @@ def failed(code: int) -> int:
     if several():
         sys.modules["cm3jax.hosts"].abandon(code)
     return code
+
+
+INTERRUPTED = "interrupted; the same command continues"
+
+
+def stop_here(number, frame) -> None:
+    """End this process at Ctrl-C, wherever it is; the training loop has a handler of its own, which saves first.
+
+    What a stage leaves on disk stands every kill. An exception instead of an exit may arise in a function that compiled
+    code calls, and is then lost, or takes the process down with C++'s words. Workers, though, must be told to stop.
+    """
+    if multiprocessing.active_children():
+        raise KeyboardInterrupt
+    with contextlib.suppress(RuntimeError, OSError):  # it was writing just now, or nobody listens
+        sys.stdout.flush()
+    os.write(2, f"\ncm3jax: {INTERRUPTED}\n".encode())
+    os._exit(130)
 
 
 def disk_is_full(error: BaseException | None) -> bool:

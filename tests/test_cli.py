@@ -109,6 +109,8 @@ def test_a_recipes_help_shows_the_recipes_values(capsys):
         (["encode", "MADE", "--evaluate.samples", "3"], "to: --tokens.*"),
         (["train", "CONFIG", "--inputs", "MADE", "--image.steps", "3"], "to: --decoder.*, --vocab.*, --name"),
         (["bench", "speed"], "'speed'"),
+        (["bench", "decode", "--config", "nowhere.py"], "config 'nowhere.py': no such file"),
+        (["bench", "data", "--out", "nowhere/a.json"], "--out nowhere/a.json: there is no folder 'nowhere'"),
         (["bench", "data", "--rounds", "0"], "rounds = 0: must be at least 1"),
         (["run", "CONFIG", "--vocab.image", "65536"], "more than the 65536 that uint16 shards hold"),
     ],
@@ -222,6 +224,25 @@ def test_prepare_again_with_other_settings_names_them(pictures, tmp_path, capsys
     capsys.readouterr()
     assert "prepare.resolution was 16 and is now 32" in refuse(capsys, *prepare, "--resolution", "32")
     assert cli.main([*prepare, "--resolution", "32", "--redo"]) == 0
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["heard", "ignored"])
+def test_ctrl_c_inside_a_callback_of_compiled_code_ends_the_process_with_one_line(ignored):
+    """An exception in __del__ is lost, as in many functions that C++ calls."""
+    code = (
+        "import os, signal, sys; from cm3jax import cli, config\n"
+        "class Lost:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT); sum(range(1000))\n"
+        "def load(path): Lost(); print('went on'); return config.Recipe()\n"
+        "cli.configs.load = load; sys.argv = ['cm3jax', 'run', 'CONFIG', '--help']; cli.main()"
+    )
+    handler = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None
+    heard = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=handler)
+    if ignored:  # as after `nohup` or `&`
+        assert heard.returncode == 0 and "went on" in heard.stdout
+    else:
+        assert heard.returncode == 130 and heard.stdout == ""
+        assert heard.stderr.strip() == f"cm3jax: {cli.INTERRUPTED}"
 
 
 def test_ctrl_c_while_preparing_leaves_what_continues(tmp_path):
