@@ -9,7 +9,7 @@ import pytest
 from cm3jax import config as configs
 from cm3jax import sharding
 from cm3jax.config import Decoder, DecoderStage, Packing, Training
-from cm3jax.nn import decoder
+from cm3jax.nn import decoder, flops
 from cm3jax.plan import costs, estimate, hlo, slices
 from cm3jax.train import lm
 from cm3jax.vocab import Vocab
@@ -50,7 +50,7 @@ def test_flops_are_xla_s_own_count_where_it_has_no_loop_to_miss(model):
 def test_recomputation_is_a_third_of_the_layers_and_goes_by_policy():
     none, dots, full = (costs.flops(shape(stage(dataclasses.replace(WIDE, remat=r)))) for r in ("none", "dots", "full"))
     assert none.useful == dots.useful == full.useful
-    layers = 2 * costs.matrices(WIDE) * B * T
+    layers = 2 * flops.matrices(WIDE) * B * T
     assert none.recompute == 0
     assert dots.recompute == full.recompute - layers == none.attention / 3
 

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from cm3jax.plan import slices
+from cm3jax.train import watch
 from cm3jax.types import UserError
 
 SAME = {
@@ -67,3 +68,8 @@ def test_an_unknown_name_or_two_that_disagree_are_refused_in_one_line(text, said
 def test_less_than_one_slice_is_refused():
     with pytest.raises(UserError, match="--slices = 0: must be at least 1"):
         slices.parse("v5e-16", 0)
+
+
+def test_a_training_s_mfu_and_its_plan_s_are_fractions_of_the_same_peak():
+    kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}  # jax's device_kind
+    assert {family: watch.PEAK[kind] for family, kind in kinds.items()} == {f: c.flops for f, c in slices.CHIPS.items()}

@@ -19,8 +19,16 @@ def step(config: configs.Decoder, vocab: int, rows: int, length: int) -> float:
 
 def forward(config: configs.Decoder, vocab: int, seen: float | int) -> float:
     """Return the FLOPs of the forward pass per token, which sees `seen` tokens on average, itself among them."""
-    d, mlp, groups = config.width, config.mlp_width or 4 * config.width, config.kv_heads or config.heads
-    projections = 2 * d * d + 2 * d * groups * config.head_width
-    feed_forward = (3 if config.activation == "swiglu" else 2) * d * mlp
-    attention = 2 * d * seen  # q·k and p·v
-    return 2.0 * (config.layers * (projections + feed_forward + attention) + vocab * d)
+    return 2.0 * (config.layers * matrices(config) + vocab * config.width) + config.layers * scores(config, seen)
+
+
+def matrices(config: configs.Decoder) -> int:
+    """Return the parameters of the matrices of one layer."""
+    mlp, groups = config.mlp_width or 4 * config.width, config.kv_heads or config.heads
+    heads = 2 * config.heads + 2 * groups
+    return config.width * (heads * config.head_width + (3 if config.activation == "swiglu" else 2) * mlp)
+
+
+def scores(config: configs.Decoder, seen: float | int) -> float | int:
+    """Return the FLOPs of one token's attention to `seen` tokens in one layer, forward: q·k and p·v."""
+    return 4 * seen * config.heads * config.head_width

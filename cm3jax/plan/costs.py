@@ -7,6 +7,7 @@ import dataclasses
 from typing import NamedTuple
 
 from cm3jax import config as configs
+from cm3jax.nn import flops as closed
 
 BLOCK = 512
 """Queries of a block of the attention kernels; for each, the keys and values before it come from HBM anew."""
@@ -74,23 +75,11 @@ class Shape:
         return self.stage.training.batch * self.stage.packing.length
 
 
-def matrices(model: configs.Decoder) -> int:
-    """Return the parameters of the matrices of one layer."""
-    mlp, groups = model.mlp_width or 4 * model.width, model.kv_heads or model.heads
-    heads = 2 * model.heads + 2 * groups
-    return model.width * (heads * model.head_width + (3 if model.activation == "swiglu" else 2) * mlp)
-
-
-def scores(model: configs.Decoder, length: int) -> int:
-    """Return the FLOPs of one token's attention in one layer, forward, if it sees the whole row."""
-    return 4 * length * model.heads * model.head_width
-
-
 def flops(shape: Shape) -> Flops:
     """Return the FLOPs of one step."""
     model, length = shape.stage.model, shape.stage.packing.length
-    layers, head = model.layers * matrices(model), shape.vocab * model.width
-    visible = model.layers * scores(model, length) / 2
+    layers, head = model.layers * closed.matrices(model), shape.vocab * model.width
+    visible = model.layers * closed.scores(model, length) / 2
     again = _again(shape)
     recompute = 2 * layers * again.matrices + visible * again.attention
     recompute += 2 * head if length > shape.stage.loss_chunk else 0
@@ -128,7 +117,7 @@ def work(shape: Shape) -> Work:
     model, length, chips = shape.stage.model, shape.stage.packing.length, shape.data * shape.tensor
     found, again = flops(shape), _again(shape)
     head_again = 2 * shape.vocab * model.width * shape.tokens if length > shape.stage.loss_chunk else 0
-    matrix_again = 2 * model.layers * matrices(model) * again.matrices * shape.tokens + head_again
+    matrix_again = 2 * model.layers * closed.matrices(model) * again.matrices * shape.tokens + head_again
     attention = found.attention + found.recompute - matrix_again
     attention *= 1 if model.attention in ("splash", "cudnn") else 2  # XLA computes what the mask then hides
     return Work(
@@ -157,7 +146,7 @@ def _hbm(shape: Shape) -> Number:
     tokens, again = shape.tokens / shape.data, _again(shape)
     forward = 1 + again.matrices
     # Gathered weights: written and read forward (again in recomputation), read backward; gradients written and read.
-    weights = 2 * (2 * forward + 1 + 2) * model.layers * matrices(model) / tensor
+    weights = 2 * (2 * forward + 1 + 2) * model.layers * closed.matrices(model) / tensor
     # Forward: inputs and outputs of every product, norms (2 d), residuals (3 d). Backward: twice that.
     layer = 2 * (forward + 2) * _layer_values(model, tensor) * model.layers
     attention = 2 * model.layers * _attention_values(model, length, 1 + again.attention) / tensor

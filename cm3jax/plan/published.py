@@ -9,6 +9,7 @@ MFU here is by MaxText's own count, which has the whole square of attention wher
 import dataclasses
 
 from cm3jax.config import Decoder, DecoderStage, Mesh, Optimizer, Packing, Recipe, Training
+from cm3jax.nn import flops
 from cm3jax.plan import costs, slices, training
 from cm3jax.vocab import Vocab
 
@@ -58,7 +59,7 @@ def recipe(model: Decoder, vocab: int, length: int, batch: int, mesh: Mesh = Mes
 def llama8b() -> Run:
     """Llama 3.1 8B; every layer's input, queries, keys, values and attention output wait in the host's memory."""
     model = dataclasses.replace(LLAMA, layers=32, width=4096, heads=32, kv_heads=8, mlp_width=14336)
-    again = costs.Again(2 * model.width * model.mlp_width / costs.matrices(model), 1)  # gate and up, and attention
+    again = costs.Again(2 * model.width * model.mlp_width / flops.matrices(model), 1)  # gate and up, and attention
     return Run(
         name="Llama 3.1 8B, MaxText",
         topology="v6e-256",

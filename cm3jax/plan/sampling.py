@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from cm3jax import trees
 from cm3jax.config import Recipe, Sampling
+from cm3jax.nn import flops
 from cm3jax.plan import compiler, costs, estimate, hlo, programs, slices
 from cm3jax.plan.training import GIB, Plan
 from cm3jax.sample import decode, grammar
@@ -104,9 +105,9 @@ def _cache_bytes(recipe: Recipe, rows: int, slots: int) -> costs.Number:
 def _flops(recipe: Recipe, rows: int, codes: int) -> costs.Flops:
     """Return the FLOPs of all streams: every slot of the cache is looked at in every step."""
     model, streams = recipe.decoder.model, decode.streams(GUIDED)
-    layers, head = model.layers * costs.matrices(model), recipe.vocab.size * model.width
+    layers, head = model.layers * flops.matrices(model), recipe.vocab.size * model.width
     passes = streams * rows * (PROMPT - 1 + codes)
-    attention = streams * rows * codes * model.layers * costs.scores(model, PROMPT - 1 + codes)
+    attention = streams * rows * codes * model.layers * flops.scores(model, PROMPT - 1 + codes)
     return costs.Flops(2.0 * passes * layers + 2.0 * streams * rows * codes * head, float(attention), 0.0)
 
 
