@@ -19,7 +19,8 @@ class Chip:
     """One chip of a family.
 
     Rates are those of the table "TPU specs" of "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus, as of
-    commit 54e2c43), which agree with docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
+    commit 54e2c43), which agree with docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} but for v6e's FLOP/s, of which the
+    documentation's 918e12 is taken.
     """
 
     family: str
