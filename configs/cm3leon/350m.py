@@ -18,6 +18,8 @@ config = Recipe(
         model=Decoder(layers=24, width=1024, heads=16),
         packing=Packing(kind="chop", length=4096),
         mask=Mask(spans=1.0, rotate=0.5),
-        training=Training(steps=167_000, batch=2048, accumulate=4, optimizer=Optimizer(peak_lr=6e-4, warmup=1500), save_every=1000),
+        training=Training(
+            steps=167_000, batch=2048, accumulate=4, optimizer=Optimizer(peak_lr=6e-4, warmup=1500), save_every=1000
+        ),
     ),
 )

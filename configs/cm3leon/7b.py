@@ -18,6 +18,8 @@ config = Recipe(
         model=Decoder(layers=32, width=4096, heads=32),
         packing=Packing(kind="chop", length=4096),
         mask=Mask(spans=1.0, rotate=0.5),
-        training=Training(steps=286_000, batch=2048, accumulate=8, optimizer=Optimizer(peak_lr=1.2e-4, warmup=1500), save_every=1000),
+        training=Training(
+            steps=286_000, batch=2048, accumulate=8, optimizer=Optimizer(peak_lr=1.2e-4, warmup=1500), save_every=1000
+        ),
     ),
 )
