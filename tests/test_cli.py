@@ -236,7 +236,7 @@ def test_ctrl_c_inside_a_callback_of_compiled_code_ends_the_process_with_one_lin
         "def load(path): Lost(); print('went on'); return config.Recipe()\n"
         "cli.configs.load = load; sys.argv = ['cm3jax', 'run', 'CONFIG', '--help']; cli.main()"
     )
-    handler = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None
+    handler = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)  # noqa: E731
     heard = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=handler)
     if ignored:  # as after `nohup` or `&`
         assert heard.returncode == 0 and "went on" in heard.stdout
@@ -247,7 +247,10 @@ def test_ctrl_c_inside_a_callback_of_compiled_code_ends_the_process_with_one_lin
 
 def test_ctrl_c_while_preparing_leaves_what_continues(tmp_path):
     command = [*CM3JAX, "prepare", "scenes:easy", str(tmp_path), "--resolution", "64", "--count", "100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (tests run by `&` or nohup ignore it)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True, preexec_fn=heard
+    )
     wait_for(tmp_path / "prepared" / "stage.json")
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
