@@ -14,7 +14,7 @@ if [ "${1:-}" = --setup-only ]; then exit; fi
 tier=()
 if [ "${1:-}" = --all ]; then
     shift
-    tier=(--slow --cov=cm3jax --cov-report=term:skip-covered --cov-fail-under=85)
+    tier=(--slow --cov=cm3jax --cov-report=term:skip-covered --cov-fail-under=90)
 fi
 lint=0 tests=0
 .venv/bin/ruff check && .venv/bin/ruff format --check || lint=$?

@@ -326,7 +326,7 @@ class _Run:
         kept = f"the last good checkpoint is step {good[0]}" if good else "there is no checkpoint yet"
         raise UserError(
             f"{self.name}: {what} is not finite at step {step}; {kept}."
-            " Lower the learning rate or --training.optimizer.clip, or look at the data of that step"
+            f" Lower the learning rate or --{self.name}.training.optimizer.clip, or look at the data of that step"
         )
 
     def save(self, wait: bool) -> None:
