@@ -64,14 +64,14 @@ def row(name: str, values: list[float], unit: str, note: str = "") -> Row:
     return Row(name, statistics.median(values), min(values), max(values), unit, note)
 
 
-def alternate(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+def alternate(contestants: dict[Any, Callable[[], int]], rounds: int) -> dict[Any, list[float]]:
     """Return {name: units per second of each round}; each contestant does some work and returns its units.
 
     The order turns around from round to round: ABBA.
     """
     for work in contestants.values():
         work()
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    rates: dict[Any, list[float]] = {name: [] for name in contestants}
     for i in range(rounds):
         for name in list(contestants)[:: -1 if i % 2 else 1]:
             start = time.perf_counter()

@@ -104,7 +104,7 @@ SPECS = {
     "layers/attention/v/w": IN,
     "layers/mlp/down/w": OUT,
     "layers/mlp/up/w": IN,
-    "positions": (None, None),
+    "positions": (None, "fsdp"),
     "table": (("tensor", "fsdp"), None),
 }
 
@@ -226,7 +226,7 @@ def test_all_hosts_pass_over_the_same_damaged_checkpoint_and_end_as_if_it_had_be
     data[len(data) // 3] ^= 1
     path.write_bytes(data)
     lead, _ = outputs(start(folder, 2, 2, mesh=(1, 2, 2)))
-    assert f"{path.name} has crc32c" in lead and "step 10 of 20" in lead
+    assert f"{path.name} has crc32c" in lead and "10 of 20 done" in lead
     for ema in (False, True):
         a, b = (trees.named_leaves(checkpoint.load_params(f, ema, 20)) for f in (folder, two[0]))
         assert all(np.array_equal(a[name], b[name]) for name in b)
