@@ -3,6 +3,9 @@
     cm3jax run configs/cm3leon/760m.py --data SOURCE --out runs/760m
 
 The paper: 256 accelerators, batch 8M tokens, 1.9T tokens. Not run here: no weights and no such data are public.
+Meant for v5e-64. What `cm3jax plan configs/cm3leon/760m.py --topology v5e-64` printed, an estimate (libtpu 0.0.42):
+
+    v5e-64    7.13 of 15.75 GiB a chip   MFU 0.448 to 0.661   14.7 to 21.7 days
 """
 
 from cm3jax.config import Decoder, DecoderStage, Mask, Optimizer, Packing, Recipe, Training
