@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from cm3jax.plan import environment
+
 COMPILE = """
 import json, math, sys
 import jax
@@ -46,11 +48,8 @@ for remat in ("dots", "offload"):
 @pytest.fixture(scope="module")
 def compiled():
     """What the compiler made with remat dots and offload, and its log."""
-    # The variable lets two processes compile at a time: libtpu keeps one chip for one process, and here is no chip.
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=1800
-    )
+    variables = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0", **environment.NEEDED}  # with libtpu's warnings
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=variables, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], done.stderr
 

@@ -121,12 +121,12 @@ class Decoder(nn.Module):
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         table = self.param("table", _named(c.init_std, "vocab", "table_width"), (self.vocab, c.width), jnp.float32)
-        x = _rows(table, ids, dtype)
+        x = _rows(gathered(table, dtype), ids)
         if c.position != "rope":
             place = self.param(
                 "positions", _named(c.position_std, "position", "embed"), (self.length, c.width), jnp.float32
             )
-            x = x + _rows(place, positions, dtype)
+            x = x + _rows(sharding.constrain(place.astype(dtype), "position", None), positions)
         if not c.tied:
             self.param("head", _named(0.0, "vocab", "table_width"), (self.vocab, c.width), jnp.float32)
         x = sharding.constrain(x.astype(dtype), "batch", "seq", "width")
@@ -197,17 +197,16 @@ def _named(std: float, *axes: str):
     return nn.with_logical_partitioning(layers.truncated(std) if std else nn.initializers.zeros, axes)
 
 
-def _rows(table: Float[Array, "v d"], at: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
-    """Return rows of a table, float32, as rounded to `dtype`.
+def _rows(table: Float[Array, "v d"], at: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Return rows of a table that every chip has gathered, in the compute dtype, as float32.
 
-    Under a mesh the chips gather the table in `dtype` first: they look up different rows, and the gradient is summed in
-    float32 on each before they exchange it.
+    The chips look up different rows, and the gradient is summed in float32 on each before they exchange it.
     """
-    return gathered(table, dtype).astype(jnp.float32)[at]
+    return table.astype(jnp.float32)[at]
 
 
 def gathered(table: Float[Array, "v d"], dtype) -> Float[Array, "v d"]:
-    """Return a table in `dtype`, split over `tensor` only."""
+    """Return a table over the vocabulary in `dtype`, split over `tensor` only."""
     return sharding.constrain(table.astype(dtype), "vocab_out", None)
 
 
