@@ -8,6 +8,8 @@ What `cm3jax plan configs/cm3leon/7b.py --topology SLICE` printed, an estimate (
 
     v5e-256   6.31 of 15.75 GiB a chip   MFU 0.469 to 0.730   33 to 51 days
     v5p-64   27.15 of 95.74 GiB a chip   MFU 0.574 to 0.730   113 to 143 days
+    v6e-64   14.65 of 31.25 GiB a chip   MFU 0.387 to 0.664   31 to 53 days
+    v4-128   15.20 of 30.75 GiB a chip   MFU 0.567 to 0.730   94 to 121 days
 """
 
 from cm3jax.config import Decoder, DecoderStage, Mask, Optimizer, Packing, Recipe, Training
