@@ -436,7 +436,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt as e:
         if traceback:
             raise
-        print(f"\ncm3jax: {str(e) or INTERRUPTED}", file=sys.stderr)
+        sys.stderr.write(f"\ncm3jax: {str(e) or INTERRUPTED}\n")  # at once: workers may be writing there too
         number = getattr(e, "number", 0)  # 0: nothing was saved
         code = 0 if number == signal.SIGTERM else 130
         return ended(code) if number else failed(code)

@@ -2,7 +2,7 @@
 
     cm3jax run configs/scenes.py
 
-Meant for at most three hours on two CPU cores: 80 minutes on a machine that other work took more than half of. What it
+Meant for at most three hours on two CPU cores: 80 minutes on a machine that it shared with other work. What it
 reached (RESULTS.md): objects drawn as asked 0.27, of 0.48 that the image tokenizer lets through.
 """
 

@@ -116,7 +116,8 @@ def test_the_public_recipe_is_scored(trained):
     run, _ = trained
     cm3jax("evaluate", run, *SMALL_EVALUATION)
     report = json.loads((run / "report.json").read_text())
-    assert {"text", "image", "infill"} <= set(report["perplexity"]) and report["text_to_image"]["samples"] == 4
+    assert set(report["perplexity"]) == {"text", "image", "infill", "validation"}
+    assert report["text_to_image"]["samples"] == 4
 
 
 def test_the_public_recipe_is_the_f8_tokenizer_and_the_350m_decoder():
