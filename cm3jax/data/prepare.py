@@ -184,7 +184,7 @@ def _run_pool(source, jobs: list, settings: config.Prepare, work: pathlib.Path, 
     rows, stop = context.Value("q", 0), context.Event()
     pool = concurrent.futures.ProcessPoolExecutor(_workers(settings, len(jobs)), context, _start_worker, (rows, stop))
     with pool, contextlib.ExitStack() as stack:
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        stack.callback(pool.shutdown, cancel_futures=True)  # waits: a piece under way is thrown away before we return
         stack.callback(stop.set)  # on any way out; called before the shutdown
         waiting = {pool.submit(_work_on, source, job, i, settings, work) for job, i in jobs}
         seen = 0
