@@ -26,8 +26,8 @@ from cm3jax.types import UserError
 
 MASK = "<mask>"  # sample.generate's, which would load jax
 PUBLISHED = "published"
-TrainedStage = Literal["decoder", "image", "text"]
-StageName = Literal["", "prepare", "text", "image", "tokens", "decoder", "evaluate"]
+TrainedStage = Literal["decoder", "image", "text", "retriever"]
+StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Train:
         hosts.start(self.cluster)
         remote = paths.is_remote(self.inputs)
         if remote and self.out:
-            run.fetch(self.stage, self.inputs, pathlib.Path(self.out))
+            run.fetch(self.stage, self.inputs, pathlib.Path(self.out), self.recipe)
         elif remote:
             raise UserError(f"--inputs {self.inputs}: is copied to this machine; say where with --out")
         inputs = self.out if remote else str(folder(self.inputs))

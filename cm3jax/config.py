@@ -22,7 +22,7 @@ SEEDS = 2**32
 """Seeds lie below this: what every generator of random numbers in use takes."""
 
 
-def within(config, where: str, low: int, high: float | int, *names: str) -> None:
+def within(config, where: str, low: float | int, high: float | int, *names: str) -> None:
     """Raise ValueError for the first of these fields whose number is none, or not from `low` to `high`."""
     for name in names:
         value = getattr(config, name)
@@ -305,6 +305,146 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
+class CLIP:
+    """Network of the retriever (CLIP, arXiv 2103.00020). Defaults: ViT-B/32, the paper's (arXiv 2309.02591 §2.1)."""
+
+    resolution: int = 224
+    """Side of the pictures that it sees; others are resized."""
+    patch: int = 32
+    """Side of a patch; a divisor of `resolution`."""
+    vision_width: int = 768
+    """Width of the picture tower."""
+    vision_layers: int = 12
+    """Blocks of the picture tower."""
+    vision_heads: int = 12
+    """Heads of the picture tower."""
+    context: int = 77
+    """Tokens of a text at most, begin and end included; the rest is cut."""
+    text_width: int = 512
+    """Width of the text tower."""
+    text_layers: int = 12
+    """Blocks of the text tower."""
+    text_heads: int = 8
+    """Heads of the text tower."""
+    size: int = 512
+    """Width of the vectors that the two towers share."""
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Of the feed-forward layers; OpenAI's weights need quick_gelu."""
+
+    def __post_init__(self):
+        sizes = ("resolution", "patch", "vision_width", "vision_layers", "vision_heads", "text_width", "text_layers")
+        within(self, "retriever.model", 1, math.inf, *sizes, "text_heads", "size")
+        within(self, "retriever.model", 3, math.inf, "context")
+        if self.resolution % self.patch:
+            raise ValueError(
+                f"retriever.model.resolution = {self.resolution}: must be a multiple of patch = {self.patch}"
+            )
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ValueError(
+                    f"retriever.model.{tower}_width = {width}: must be a multiple of {tower}_heads = {heads}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Retriever:
+    """The bi-encoder that finds documents: CLIP, from published weights or trained on the run's own pairs."""
+
+    weights: str = ""
+    """Folder of published weights (model.safetensors, vocab.json, merges.txt; with config.json if Hugging Face's);
+    "": train `model` on the pairs of the training split, with the run's own text tokenizer."""
+    model: CLIP = CLIP()
+    training: Training = Training(steps=10_000, batch=1024)
+    init_temperature: float = 0.07
+    """First temperature of the contrastive loss (arXiv 2103.00020 §2.3); it is learned."""
+
+    def __post_init__(self):
+        within(self, "retriever", 1e-4, 100, "init_temperature")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """The memory bank: a vector for each document that can be retrieved, and how it is searched."""
+
+    splits: tuple[str, ...] = ("train",)
+    """Splits whose documents can be retrieved; validation and test are refused."""
+    search: Literal["flat", "ivf_pq", "hnsw", "mesh"] = "flat"
+    """flat, ivf_pq, hnsw: faiss on the host (pip install 'cm3jax[retrieval]'); mesh: sharded over the accelerators."""
+    batch: int = 256
+    """Documents that go through the retriever at once, over all chips of a host."""
+    shard: int = 1_000_000
+    """Vectors of a file at most."""
+    lists: int = 0
+    """ivf_pq: cells of the coarse quantizer; 0: 4 x the root of the documents."""
+    probes: int = 32
+    """ivf_pq: cells that a query looks into."""
+    code_bytes: int = 64
+    """ivf_pq: bytes of a compressed vector; a divisor of its width."""
+    links: int = 32
+    """hnsw: links of a vector."""
+    breadth: int = 128
+    """hnsw: candidates kept while searching."""
+
+    def __post_init__(self):
+        within(self, "bank", 1, math.inf, "batch", "shard", "probes", "code_bytes", "links", "breadth")
+        within(self, "bank", 0, math.inf, "lists")
+        if not self.splits or {"test", "validation"} & set(self.splits):
+            raise ValueError(f"bank.splits = {self.splits}: must be one or more splits, without validation and test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """Which documents are retrieved for one (arXiv 2309.02591 §2.1): relevance, modality, diversity, query dropout."""
+
+    by_image: int = 2
+    """Found by the picture's vector."""
+    by_text: int = 2
+    """Found by the text's vector."""
+    candidates: int = 64
+    """Nearest documents that the choice is made from."""
+    most_score: float = 0.9
+    """A document more similar to the query than this is passed over."""
+    most_alike: float = 0.9
+    """A document more similar than this to one already chosen is passed over (ours: the paper gives one number)."""
+    dropout: float = 0.2
+    """Share of the query's text tokens that are dropped."""
+    both: bool = True
+    """Only documents that hold text and a picture."""
+    seed: int = 0
+    """Of the dropout."""
+
+    def __post_init__(self):
+        within(self, "neighbours", 0, math.inf, "by_image", "by_text")
+        within(self, "neighbours", 1, math.inf, "candidates")
+        within(self, "neighbours", -1, 1, "most_score", "most_alike")
+        within(self, "neighbours", 0, 1, "dropout")
+        within(self, "neighbours", 0, SEEDS - 1, "seed")
+        if not self.by_image + self.by_text:
+            raise ValueError("neighbours.by_image = by_text = 0: nothing would be retrieved; set retrieve to False")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieved:
+    """Retrieved documents in training rows; only where the recipe retrieves at all."""
+
+    least: int = 0
+    """Of a document at least, if its neighbours suffice (ours)."""
+    most: int = 3
+    """Of a document at most, drawn from its neighbours (arXiv 2309.02591 §2.1); 0: train without."""
+    weight: float = 1.0
+    """Weight of the loss on retrieved documents: 1 in CM3Leon (arXiv 2309.02591 §2.2), 0.1 in RA-CM3 (2211.12561)."""
+
+    def __post_init__(self):
+        within(self, "decoder.retrieved", 0, 16, "least", "most")
+        within(self, "decoder.retrieved", 0, 1, "weight")
+        if self.least > self.most:
+            raise ValueError(
+                f"decoder.retrieved.least = {self.least}: must be at most decoder.retrieved.most = {self.most}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Decoder:
     """Network of the language model. Defaults: CM3Leon (arXiv 2309.02591 §2.3); switches: Chameleon (2405.09818)."""
 
@@ -436,6 +576,7 @@ class DecoderStage:
     model: Decoder = Decoder()
     packing: Packing = Packing()
     mask: Mask = Mask()
+    retrieved: Retrieved = Retrieved()
     training: Training = Training(steps=167_000, batch=2048, optimizer=Optimizer(peak_lr=6e-4))
     z_loss: float = 0.0
     """Weight of the squared log-partition (Chameleon: 1e-5)."""
@@ -530,6 +671,11 @@ class Recipe:
     text: Text = Text()
     image: Image = Image()
     tokens: Tokens = Tokens()
+    retrieve: bool = False
+    """Find documents in a memory bank for the decoder to train and draw with; see retriever, bank, neighbours."""
+    retriever: Retriever = Retriever()
+    bank: Bank = Bank()
+    neighbours: Neighbours = Neighbours()
     decoder: DecoderStage = DecoderStage()
     evaluate: Evaluate = Evaluate()
 

@@ -2,6 +2,8 @@
 
     prepare -> text, image -> tokens -> decoder -> evaluate
 
+and, for a recipe that retrieves, `retriever -> bank -> neighbours` between tokens and decoder.
+
 Every stage is `f(recipe, run folder)`. It leaves its files in its own folder, and continues from them when it was
 interrupted. The calls import what they need when they run, so that preparing data never loads jax.
 """
@@ -29,6 +31,7 @@ class Stage:
       inputs: Stages whose results it reads.
       settings: The part of the recipe that it depends on, as JSON types.
       call: Does the work.
+      wanted: Whether a recipe has this stage.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Stage:
     inputs: tuple[str, ...]
     settings: Callable[[Recipe], dict[str, Any]]
     call: Callable[[Recipe, pathlib.Path], None]
+    wanted: Callable[[Recipe], bool] = lambda recipe: True
 
     def folder(self, run: pathlib.Path) -> pathlib.Path:
         return run / self.output
@@ -145,6 +149,25 @@ def encode_shards(recipe: Recipe, run: pathlib.Path, host: int, hosts: int) -> N
     say(f"tokens: {count:,} pictures, {rate:.1f} a second, {chips}, reading included")
 
 
+def retrieves(recipe: Recipe) -> bool:
+    return recipe.retrieve
+
+
+def retriever(recipe: Recipe, run: pathlib.Path) -> None:
+    """Pairs of the training split, or published weights -> retriever/."""
+    raise NotImplementedError
+
+
+def bank(recipe: Recipe, run: pathlib.Path) -> None:
+    """Records and the retriever -> bank/: a vector for each document."""
+    raise NotImplementedError
+
+
+def neighbours(recipe: Recipe, run: pathlib.Path) -> None:
+    """Records of every split and the bank -> neighbours/: the documents that can be retrieved for each."""
+    raise NotImplementedError
+
+
 def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     """Token shards -> decoder/."""
     import jax
@@ -229,17 +252,27 @@ STAGES = {
         Stage("text", "text", ("prepare",), settings("text", "text"), text),
         Stage("image", "image", ("prepare",), settings("image", "image"), image),
         Stage("tokens", "tokens", ("prepare", "text", "image"), settings("tokens", "text", "image"), tokens),
+        Stage("retriever", "retriever", ("prepare", "text"), settings("retriever"), retriever, retrieves),
+        Stage("bank", "bank", ("prepare", "retriever"), settings("bank"), bank, retrieves),
+        Stage(
+            "neighbours",
+            "neighbours",
+            ("prepare", "retriever", "bank"),
+            settings("neighbours"),
+            neighbours,
+            retrieves,
+        ),
         Stage(
             "decoder",
             "decoder",
-            ("tokens",),
+            ("tokens", "neighbours"),
             settings("decoder", "text", "image", "sentinels", "multiple"),
             decoder,
         ),
         Stage(
             "evaluate",
             "evaluate",
-            ("prepare", "text", "image", "tokens", "decoder"),
+            ("prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder"),
             settings("evaluate"),
             evaluate,
         ),
@@ -265,17 +298,17 @@ def run(recipe: Recipe, folder, redo: str = "", only: str = "") -> pathlib.Path:
     paths.local_only(folder, "run folder")
     paths.reach(folder)
     folder = pathlib.Path(folder)
-    names = [only] if only else list(STAGES)
+    names = [only] if only else [stage.name for stage in STAGES.values() if stage.wanted(recipe)]
     refuse_misfits(recipe, names)
     with stages.locked(folder) if hosts.lead() else contextlib.nullcontext():
         hosts.barrier("the run folder is there")
         for name in names:
             if not redo or name not in dependents(redo):
                 refuse_changes(STAGES[name], recipe, folder, again(name, only))
-                if all(stages.read(STAGES[n].folder(folder)) for n in (name, *STAGES[name].inputs)):
+                if all(stages.read(STAGES[n].folder(folder)) for n in (name, *needs(name, recipe))):
                     fitting_inputs(STAGES[name], recipe, folder, again(name, only))
         if only:
-            require(STAGES[only].inputs, folder)
+            require(needs(only, recipe), folder)
         hosts.barrier("the run folder is looked at")
         if hosts.lead():
             if redo:  # only now: a command that is refused deletes nothing
@@ -289,6 +322,11 @@ def run(recipe: Recipe, folder, redo: str = "", only: str = "") -> pathlib.Path:
         if "evaluate" in names and hosts.lead():
             publish(folder)
     return folder
+
+
+def needs(name: str, recipe: Recipe) -> list[str]:
+    """Return the stages whose results a stage reads, of those that the recipe has."""
+    return [n for n in STAGES[name].inputs if STAGES[n].wanted(recipe)]
 
 
 def dependents(name: str) -> list[str]:
@@ -402,6 +440,9 @@ HOW = {
     "text": "make it with: cm3jax train CONFIG --inputs {run} --stage text",
     "image": "make it with: cm3jax train CONFIG --inputs {run} --stage image",
     "tokens": "make it with: cm3jax encode {run}",
+    "retriever": "make it with: cm3jax retrieve build {run}",
+    "bank": "make it with: cm3jax retrieve build {run}",
+    "neighbours": "make it with: cm3jax retrieve build {run}",
     "decoder": "make it with: cm3jax train CONFIG --inputs {run}",
     "evaluate": "make it with: cm3jax evaluate {run}",
 }
@@ -411,7 +452,7 @@ def inputs(stage: Stage, recipe: Recipe, folder: pathlib.Path) -> dict[str, str]
     """Return the fingerprints of what a stage reads: earlier results, or the data source."""
     if stage.name == "prepare":
         return source(recipe.prepare)
-    return {name: stages.read(STAGES[name].folder(folder)).result for name in stage.inputs}
+    return {name: stages.read(STAGES[name].folder(folder)).result for name in needs(stage.name, recipe)}
 
 
 def source(prepare: config.Prepare) -> dict[str, str]:
@@ -442,7 +483,7 @@ def bring(stage: Stage, recipe: Recipe, folder: pathlib.Path, title: str, how: s
     say(f"{title}: {stages.read(stage.folder(folder)).seconds:.1f} s in all")
 
 
-TOGETHER = {"prepare", "image", "tokens", "decoder"}
+TOGETHER = {"prepare", "image", "tokens", "retriever", "bank", "decoder"}
 """Stages that all hosts work on; during the others they wait for the lead."""
 
 
@@ -485,7 +526,7 @@ def say(line: str) -> None:
 # -------------------------------------------------------------------------------------------------- one stage by itself
 
 
-def fetch(stage: str, url: str, folder: pathlib.Path) -> None:
+def fetch(stage: str, url: str, folder: pathlib.Path, recipe: Recipe) -> None:
     """Copy what a stage needs of a run in a bucket into a run folder.
 
     Of prepared/, a stage that does not train on it gets the validation split, whose captions sample pictures are of.
@@ -495,7 +536,7 @@ def fetch(stage: str, url: str, folder: pathlib.Path) -> None:
     def sample(file: str) -> bool:
         return file.startswith("validation-") or not shards.NAME.fullmatch(file)
 
-    for name in [s for s in STAGES if stage in dependents(s) and s != stage]:
+    for name in [s for s in STAGES if stage in dependents(s) and s != stage and STAGES[s].wanted(recipe)]:
         whole = name != "prepare" or "prepare" in STAGES[stage].inputs
         wanted = (lambda file: True) if whole else sample
         paths.copy(f"{url.rstrip('/')}/{STAGES[name].output}", STAGES[name].folder(folder), wanted)

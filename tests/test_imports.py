@@ -16,6 +16,7 @@ FLOORS = [
     {"tokenizers", "objectives"},
     {"data"},
     {"checkpoint", "optim", "metrics", "stages"},
+    {"retrieval"},
     {"train", "sample"},
     {"evaluate"},
     {"plan"},
