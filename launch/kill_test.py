@@ -90,7 +90,7 @@ CELLS = (
     Cell("image-2", "image", 2, 0.16),
     Cell("decoder-1", "decoder", 1, 0.2),
     Cell("image-1", "image", 1, 0.16),
-    Cell("large", "decoder", 2, 0.24, steps=14, save=2, batch=2, layers=1, width=1664, aimed=True),
+    Cell("large", "decoder", 2, 0.24, steps=14, save=2, batch=2, layers=1, width=1920, aimed=True),
 )
 
 
