@@ -155,7 +155,29 @@ def retrieves(recipe: Recipe) -> bool:
 
 def retriever(recipe: Recipe, run: pathlib.Path) -> None:
     """Pairs of the training split, or published weights -> retriever/."""
-    raise NotImplementedError
+    import jax
+
+    from cm3jax.data import index, pair_batches, shards
+    from cm3jax.retrieval import encoder
+    from cm3jax.tokenizers import clip as tokenizers
+    from cm3jax.train import clip, loop
+
+    index.check(run / "prepared", HOW["prepare"].format(run=run))
+    stage, host, prepared = recipe.retriever, (jax.process_index(), jax.process_count()), run / "prepared"
+    tokenizer = tokenizers.load(run / "text")
+    held_out = "validation" in shards.splits(prepared)
+    state = loop.train(
+        clip.task(stage, tokenizer.rows),
+        lambda step: pair_batches.batches(prepared, stage, tokenizer, step, *host),
+        (lambda: pair_batches.eval_batches(prepared, stage, tokenizer, *host)) if held_out else None,
+        stage.training,
+        run / "retriever",
+        name="retriever",
+        meta={"data": stages.read(prepared).result, "model": config.to_json(stage.model)},
+    )
+    weights = hosts.whole(clip.averaged(state))
+    if hosts.lead():
+        encoder.save(run / "retriever", stage.model, weights, tokenizer)
 
 
 def bank(recipe: Recipe, run: pathlib.Path) -> None:
