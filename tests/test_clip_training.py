@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +100,36 @@ def test_the_temperature_is_learned_and_stops_at_a_hundredth(alone):
 def test_a_batch_of_one_pair_is_refused():
     with pytest.raises(UserError, match=r"retriever.training.batch = 1: must be at least 2"):
         clip.task(changed(batch=1), VOCAB)
+
+
+COMPILE = """
+import jax, numpy as np
+from cm3jax import config as c, sharding
+from cm3jax.train import clip, loop
+model = c.CLIP(resolution=16, patch=8, vision_width=32, vision_layers=2, vision_heads=4, context=9, text_width=32,
+               text_layers=2, text_heads=4, size=16)
+batch = {"ids": np.zeros((16, 9), "i4"), "ends": np.ones(16, "i4"), "pictures": np.zeros((16, 16, 16, 3), "u1")}
+for sizes, accumulate in (((1, 8, 1), 1), ((2, 2, 2), 2)):
+    training = c.Training(steps=2, batch=16, mesh=c.Mesh(*sizes), accumulate=accumulate)
+    mesh = sharding.mesh(training.mesh)
+    compiled = loop.compile(clip.task(c.Retriever(model=model, training=training), 128), training, mesh)
+    with jax.set_mesh(mesh):
+        compiled.step.lower(compiled.abstract, sharding.place(mesh, batch, 16)).compile()
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_rematerialised_as_a_whole():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0"},  # the warning is lost above level 1
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "compiled" in done.stdout, done.stderr
+    assert "Involuntary full rematerialization" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- the data

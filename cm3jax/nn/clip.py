@@ -192,7 +192,10 @@ def init(model: CLIP, key):
 
 def _projected(module: nn.Module, x: Float[Array, "b d"], size: int) -> Float[Array, "b z"]:
     d = x.shape[-1]
-    return x @ module.param("projection", _normal(d**-0.5, "embed", None), (d, size), jnp.float32)
+    w = module.param("projection", _normal(d**-0.5, "embed", None), (d, size), jnp.float32)
+    # Pinned, since XLA, under fsdp with accumulation, split the width of these few rows and rematerialised them whole.
+    y = sharding.constrain(x, "batch", "width") @ sharding.constrain(w, "embed", None)
+    return sharding.constrain(y, "batch", "width")
 
 
 def _normal(std: float, *axes: str | None):
