@@ -73,6 +73,7 @@ def test_one_batch_can_be_overfitted(alone):
     assert losses[0] > 1.5 and losses[-1] < 0.1
 
 
+@pytest.mark.slow
 def test_sharded_training_is_that_of_one_device(alone):
     _, losses = train(STAGE, 4, sharding.mesh(config.Mesh(replica=2, fsdp=2, tensor=2)))
     np.testing.assert_allclose(losses, alone[1][:4], rtol=1e-4)
@@ -87,6 +88,7 @@ def test_accumulation_compares_all_pairs_too():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), loss(params, 1), loss(params, 4))
 
 
+@pytest.mark.slow
 def test_the_temperature_is_learned_and_stops_at_a_hundredth(alone):
     assert abs(alone[0].params["logit_scale"] + np.log(STAGE.init_temperature)) > 0.01
     cold = dataclasses.replace(STAGE, init_temperature=1e-3)

@@ -18,7 +18,7 @@ config = Recipe(
     retriever=Retriever(
         model=CLIP(resolution=32, patch=16, vision_width=32, vision_layers=1, vision_heads=2, context=80, text_width=32,
                    text_layers=1, text_heads=2, size=16, activation="gelu"),
-        training=Training(steps=20, batch=32, mesh=Mesh(fsdp=1), optimizer=Optimizer(peak_lr=3e-3, warmup=5)),
+        training=Training(steps=60, batch=32, mesh=Mesh(fsdp=1), optimizer=Optimizer(name="muon", peak_lr=3e-3, warmup=5)),
     ),
 )
 """
@@ -37,7 +37,7 @@ def test_train_makes_the_retriever_of_a_run_and_continues_it(tmp_path, capsys):
     assert {f"retriever/{n}" for n in ("config.json", "weights.safetensors", "tokenizer.model")} <= set(record.files)
     lines = (tmp_path / "run" / "retriever" / "metrics.jsonl").read_text().splitlines()
     losses = [m["train/loss"] for line in lines if "train/loss" in (m := json.loads(line))]
-    assert losses[-1] < np.log(32)
+    assert losses[-1] < np.log(32) - 0.5  # what guessing gives, and well below
     found = encoder.load(tmp_path / "run" / "retriever", batch=32)
     record = next(iter(shards.Reader(tmp_path / "run" / "prepared", "test")))
     assert found.documents([record])[1:] == (np.array([True]), np.array([True]))
