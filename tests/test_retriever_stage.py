@@ -18,7 +18,9 @@ config = Recipe(
     retriever=Retriever(
         model=CLIP(resolution=32, patch=16, vision_width=32, vision_layers=1, vision_heads=2, context=80, text_width=32,
                    text_layers=1, text_heads=2, size=16, activation="gelu"),
-        training=Training(steps=60, batch=32, mesh=Mesh(fsdp=1), optimizer=Optimizer(name="muon", peak_lr=3e-3, warmup=5)),
+        training=Training(
+            steps=60, batch=32, mesh=Mesh(fsdp=1), optimizer=Optimizer(name="muon", peak_lr=3e-3, warmup=5)
+        ),
     ),
 )
 """
