@@ -6,6 +6,7 @@ Its folder holds config.json (network, rows of the table, checksum), weights.saf
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -166,7 +167,7 @@ def embed(
     """
     encoder.documents([Record("", ("a", np.zeros((8, 8, 3), np.uint8)))])
     count, spent, records, start = 0, 0.0, iter(records), time.monotonic()
-    while batch := [record for record, _ in zip(records, range(encoder.batch), strict=False)]:
+    while batch := list(itertools.islice(records, encoder.batch)):
         found = encoder.documents(batch)
         count, spent = count + len(batch), spent + time.monotonic() - start
         yield batch, *found
