@@ -157,11 +157,16 @@ def retriever(recipe: Recipe, run: pathlib.Path) -> None:
     """Pairs of the training split, or published weights -> retriever/."""
     import jax
 
+    from cm3jax import trees
     from cm3jax.data import index, pair_batches, shards
     from cm3jax.retrieval import encoder
     from cm3jax.tokenizers import clip as tokenizers
     from cm3jax.train import clip, loop
 
+    if recipe.retriever.weights:
+        published = encoder.read_published(recipe.retriever.weights)
+        say(f"retriever: {trees.size(published[1]):,} parameters from {recipe.retriever.weights}")
+        return encoder.save(run / "retriever", *published) if hosts.lead() else None
     index.check(run / "prepared", HOW["prepare"].format(run=run))
     stage, host, prepared = recipe.retriever, (jax.process_index(), jax.process_count()), run / "prepared"
     tokenizer = tokenizers.load(run / "text")
@@ -450,11 +455,26 @@ def refuse_misfits(recipe: Recipe, names: list[str]) -> None:
             f"prepare.resolution = {side}: not a multiple of image.model's {factor} pixels per code; take {near}, or"
             " change image.model.patch or .multipliers"
         )
+    if "retriever" in names and recipe.retriever.weights:
+        refuse_weights(recipe.retriever)
     codes, packing = (side // factor) ** 2, recipe.decoder.packing
     if "decoder" in names and packing.kind == "whole" and packing.length < codes + LEAST_AROUND:
         raise UserError(
             f"decoder.packing.length = {packing.length}: no row holds a picture of {codes} codes and a caption; set it"
             f" to {codes + LEAST_AROUND} and some room for text and markers"
+        )
+
+
+def refuse_weights(stage: config.Retriever) -> None:
+    """Raise UserError unless the published weights that a stage names are there, whole and of its network."""
+    from cm3jax.retrieval import weights
+    from cm3jax.tokenizers import clip
+
+    clip.load(stage.weights)
+    found, wanted = (stages.flatten(config.to_json(x)) for x in (weights.look(stage.weights), stage.model))
+    if flags := [f"--retriever.model.{name} {value}" for name, value in found.items() if value != wanted[name]]:
+        raise UserError(
+            f"retriever.weights = {stage.weights}: of another network than retriever.model; add {' '.join(flags)}"
         )
 
 

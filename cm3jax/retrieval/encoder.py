@@ -1,6 +1,6 @@
 """The retriever at work: texts, pictures and documents to vectors of length 1 (arXiv 2309.02591 §2.1).
 
-Its folder holds config.json (network, rows of the table, checksum), weights.safetensors and the text tokenizer's files.
+Its folder holds config.json (network, identity, checksum), weights.safetensors and the text tokenizer's files.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from cm3jax import sharding
 from cm3jax.data import pair_batches
 from cm3jax.data import pictures as crops
 from cm3jax.nn import clip
+from cm3jax.retrieval import weights
 from cm3jax.stages import write_text
 from cm3jax.tokenizers import clip as tokenizers
 from cm3jax.types import Record, UserError
@@ -62,6 +63,11 @@ class Encoder:
     def __post_init__(self):
         if not self.devices or self.batch % len(self.devices):
             raise UserError(f"batch = {self.batch} rows: must be a multiple of the {len(self.devices)} devices")
+        if self.tokenizer.rows > (rows := len(self.params["text"]["table"])):
+            raise UserError(
+                f"text tokenizer of {self.tokenizer.rows} ids: the retriever's table has {rows} rows; take the two from"
+                " one place"
+            )
 
     @property
     def size(self) -> int:
@@ -143,7 +149,7 @@ class Encoder:
 
     def _compiled(self, method: str) -> Callable:
         if method not in self._functions:
-            net = clip.CLIP(self.config, self.tokenizer.rows)
+            net = clip.CLIP(self.config, len(self.params["text"]["table"]))
             self._functions[method] = jax.jit(lambda params, *x: net.apply({"params": params}, *x, method=method))
         return self._functions[method]
 
@@ -197,7 +203,6 @@ def save(folder, model: configs.CLIP, params, tokenizer: tokenizers.Tokenizer) -
     partial.replace(folder / WEIGHTS)
     about = {
         "model": configs.to_json(model),
-        "rows": tokenizer.rows,
         "identity": identify(model, params, tokenizer),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -208,7 +213,7 @@ def load(folder, batch: int = BATCH, devices: tuple = ()) -> Encoder:
     """Return the encoder in a folder.
 
     Args:
-      folder: A run's retriever/.
+      folder: A run's retriever/, or published weights with their tokenizer (see `weights`).
       batch: Rows per compiled call; rounded up to a multiple of the devices.
       devices: Those that share them; (): all of this host.
 
@@ -216,19 +221,30 @@ def load(folder, batch: int = BATCH, devices: tuple = ()) -> Encoder:
       UserError: if there is none, or its files do not belong together.
     """
     folder, devices = pathlib.Path(folder), devices or tuple(jax.local_devices())
+    published = (folder / weights.FILE).is_file() and not (folder / WEIGHTS).is_file()
+    model, params, tokenizer = read_published(folder) if published else _read(folder)
+    identity = identify(model, params, tokenizer)
+    if not published and identity != _about(folder)["identity"]:
+        raise UserError(f"{str(folder)!r}: weights, tokenizer and {CONFIG} are not of one retriever; make it again")
+    return Encoder(model, params, tokenizer, identity, -(-batch // len(devices)) * len(devices), devices)
+
+
+def read_published(folder) -> tuple[configs.CLIP, Any, tokenizers.Tokenizer]:
+    """Return network, parameters and tokenizer of published weights."""
+    tokenizer = tokenizers.load(folder)
+    return *weights.load(folder), tokenizer
+
+
+def _read(folder: pathlib.Path) -> tuple[configs.CLIP, Any, tokenizers.Tokenizer]:
     about, tokenizer = _about(folder), tokenizers.load(folder)
     model = configs.from_json(configs.CLIP, about["model"], f"{folder / CONFIG}: model")
     try:
         data = (folder / WEIGHTS).read_bytes()
     except OSError as e:
-        raise UserError(f"{str(folder / WEIGHTS)!r}: {e.strerror}; train the retriever again") from None
+        raise UserError(f"{str(folder / WEIGHTS)!r}: {e.strerror}; make the retriever again") from None
     if hashlib.sha256(data).hexdigest() != about["sha256"]:
         raise UserError(f"{str(folder / WEIGHTS)!r}: damaged, or not the file that {CONFIG} was written with")
-    params = flax.traverse_util.unflatten_dict(safetensors.numpy.load(data), sep="/")
-    identity = identify(model, params, tokenizer)
-    if identity != about["identity"]:
-        raise UserError(f"{str(folder)!r}: weights, tokenizer and {CONFIG} are not of one retriever; train it again")
-    return Encoder(model, params, tokenizer, identity, -(-batch // len(devices)) * len(devices), devices)
+    return model, flax.traverse_util.unflatten_dict(safetensors.numpy.load(data), sep="/"), tokenizer
 
 
 def flat(params) -> dict[str, np.ndarray]:
@@ -253,10 +269,12 @@ def _about(folder: pathlib.Path) -> dict:
     try:
         about = json.loads(path.read_text())
     except OSError:
-        raise UserError(f"{str(folder)!r}: no retriever here ({CONFIG} is missing); train one first") from None
+        raise UserError(
+            f"{str(folder)!r}: no retriever here ({CONFIG} is missing); cm3jax train ... --stage retriever makes one"
+        ) from None
     except ValueError as e:
         raise UserError(f"{str(path)!r}: not JSON ({e})") from None
-    kinds = {"model": dict, "rows": int, "identity": str, "sha256": str}
+    kinds = {"model": dict, "identity": str, "sha256": str}
     for name, kind in kinds.items():
         if not isinstance(about, dict) or not isinstance(about.get(name), kind):
             raise UserError(f"{str(path)!r}: field {name!r} is missing or no {kind.__name__}")

@@ -11,7 +11,7 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -28,6 +28,7 @@ MULTIPLE = 128
 """Rows of the table are a multiple of this, so that it divides over a mesh; the ids behind the last are not used."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the retriever needs of a tokenizer.
 
