@@ -99,7 +99,7 @@ def write(out, shard: Shard, batches: Iterable[tuple[Sequence[Record], Any, Any,
     out, size = pathlib.Path(out), shard.stop - shard.first
     out.mkdir(parents=True, exist_ok=True)
     base, facts, at = out / shard.stem, np.zeros(size, FACTS), 0
-    marks, names, vectors = [np.zeros(0, np.uint64)], bytearray(), None
+    marks, written, vectors = [np.zeros(0, np.uint64)], bytearray(), None
     partial = out / f"{shard.stem}.vectors.partial.npy"
     for records, found, text, image in batches:
         if vectors is None:
@@ -113,7 +113,7 @@ def write(out, shard: Shard, batches: Iterable[tuple[Sequence[Record], Any, Any,
         for record in records:
             own = mark(record)
             marks.append(own)
-            ends = [(names.extend(x.encode()), len(names))[1] for x in (record.key, record.source, record.license)]
+            ends = [(written.extend(x.encode()), len(written))[1] for x in (record.key, record.source, record.license)]
             facts["marks"][at] = len(own) + (facts["marks"][at - 1] if at else 0)
             facts["key"][at], facts["source"][at], facts["license"][at] = ends
             at += 1
@@ -122,7 +122,7 @@ def write(out, shard: Shard, batches: Iterable[tuple[Sequence[Record], Any, Any,
     vectors.flush()
     tokens.save(base, "facts", facts)
     tokens.save(base, "marks", np.concatenate(marks))
-    tokens.save(base, "names", np.frombuffer(bytes(names), np.uint8))
+    tokens.save(base, "names", np.frombuffer(bytes(written), np.uint8))
     partial.replace(base.with_name(f"{base.name}.vectors.npy"))
 
 
@@ -137,17 +137,25 @@ def mark(record: Record) -> UInt64[np.ndarray, " n"]:
 
 def finish(prepared, out, settings: configs.Bank, identity: str) -> bool:
     """Write held_out.npy and the index if all shards are there; return whether they are."""
-    out, wanted = pathlib.Path(out), plan(prepared, settings)
     if missing(prepared, out, settings):
         return False
-    np.save(out / f".{HELD_OUT}", held_out(prepared, settings))
+    seal(out, plan(prepared, settings), held_out(prepared, settings), identity)
+    return True
+
+
+def seal(out, wanted: Sequence[Shard], forbidden: UInt64[np.ndarray, " n"], identity: str) -> None:
+    """Write the index of a bank all of whose shards are there.
+
+    Args:
+      forbidden: Marks of what must never be retrieved, sorted.
+      identity: Of the encoder that made the vectors.
+    """
+    out, stems, documents = pathlib.Path(out), {shard.stem for shard in wanted}, collections.Counter()
+    np.save(out / f".{HELD_OUT}", forbidden)
     (out / f".{HELD_OUT}").replace(out / HELD_OUT)
-    stems, names = {shard.stem for shard in wanted}, [HELD_OUT]
     for path in out.glob("*.npy"):
         if index.split(path.name) and path.name.split(".")[0] not in stems:
             path.unlink()  # of another cut, which no index speaks of
-    names += [f"{stem}.{kind}.npy" for stem in sorted(stems) for kind in KINDS]
-    documents = collections.Counter()
     for shard in wanted:
         documents[shard.split] += shard.stop - shard.first
     about = {
@@ -155,10 +163,13 @@ def finish(prepared, out, settings: configs.Bank, identity: str) -> bool:
         "size": np.load(out / f"{wanted[0].stem}.vectors.npy", mmap_mode="r").shape[1],
         "documents": dict(documents),
         "shards": [list(shard) for shard in wanted],
-        "files": {name: _measure(out / name) for name in names},
+        "files": {name: _measure(out / name) for name in [HELD_OUT, *names(wanted)]},
     }
     stages.write_text(out / index.FILE, json.dumps(about, indent=0) + "\n")
-    return True
+
+
+def names(wanted: Sequence[Shard]) -> list[str]:
+    return [f"{shard.stem}.{kind}.npy" for shard in wanted for kind in KINDS]
 
 
 def held_out(prepared, settings: configs.Bank) -> UInt64[np.ndarray, " n"]:

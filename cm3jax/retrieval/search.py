@@ -15,7 +15,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt64
@@ -39,6 +39,7 @@ APPROXIMATE = ("ivf_pq", "hnsw")
 Found = tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]
 
 
+@runtime_checkable
 class Searcher(Protocol):
     """What `open` returns."""
 
@@ -119,7 +120,8 @@ def filled(scores: np.ndarray, ids: np.ndarray, k: int) -> Found:
     return np.pad(scores, more, constant_values=-np.inf), np.pad(ids, more, constant_values=-1)
 
 
-def joined(rows: list[Found], k: int) -> Found:
+def joined(rows: list, k: int) -> Found:
+    """Return the answers to several batches of queries as one."""
     empty = np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
     return tuple(np.concatenate(x) for x in zip(empty, *rows, strict=True))
 
