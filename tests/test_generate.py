@@ -183,7 +183,9 @@ def test_filling_in_reads_the_positions_that_training_gives(generator, pictures,
     row = np.concatenate([prompt.ids, drawn])
     packed = configs.Packing(kind="whole", length=LENGTH, picture=picture)
     moved = np.arange(len(row)) > len(prompt.ids)
-    batch = packing.arrays([(row, np.ones(len(row), np.int32), moved, np.array(prompt.hidden))], VOCAB, packed)
+    batch = packing.arrays(
+        [(row, np.ones(len(row), np.int32), moved, np.array(prompt.hidden), moved & False)], VOCAB, packed
+    )
     inputs = [jnp.asarray(batch[name]) for name in ("inputs", "positions", "segments")]
     hidden, _ = generator.model.apply({"params": generator.params}, *inputs)
     scores = decoder.logits(generator.params, MODEL, hidden)[0, len(prompt.ids) - 1 : len(row) - 1]
