@@ -152,6 +152,12 @@ def iterate(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
     return dataset.to_iter_dataset(options).mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
 
 
+def read(reader, first: int, stop: int, workers: int = 0) -> Iterator:
+    """Yield items `first` .. `stop` - 1 of anything with random access, read ahead, in order."""
+    dataset = grain.MapDataset.range(first, stop).map(reader.__getitem__)
+    return iter(iterate(dataset, workers))
+
+
 def eval_batches(
     folder,
     split: str,
