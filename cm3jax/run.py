@@ -261,7 +261,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     import jax
 
     from cm3jax import hooks
-    from cm3jax.data import index, mixing, paths, pipeline
+    from cm3jax.data import index, mixing, paths, pipeline, retrieved
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
 
@@ -273,7 +273,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     held_out = "validation" in token_shards.splits(run / "tokens")
     mixture = dataclasses.replace(stage.mixture, sets=tuple(map(str, sets)))
     stage = dataclasses.replace(stage, mixture=mixture)
-    source = retrieved_source(recipe, run)
+    source = retrieved.source(recipe, run)
     found = mixing.open(run / "tokens", "train", stage, source)
     facts = pipeline.describe(found, stage)
     say(
@@ -303,13 +303,6 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         name="decoder",
         meta=meta,
     )
-
-
-def retrieved_source(recipe: Recipe, run: pathlib.Path):
-    """Return where the decoder's retrieved documents come from, a `data.retrieved.Source`; None if it has none."""
-    from cm3jax.data import retrieved
-
-    return retrieved.Source(run / "neighbours", recipe.bank.splits) if recipe.retrieve else None
 
 
 def check_set(folder: pathlib.Path, own: pathlib.Path) -> None:

@@ -39,6 +39,11 @@ class Source:
     splits: tuple[str, ...]
 
 
+def source(recipe: configs.Recipe, run) -> Source | None:
+    """Return where the retrieved documents of a run's decoder come from; None if its recipe has none."""
+    return Source(pathlib.Path(run) / "neighbours", recipe.bank.splits) if recipe.retrieve else None
+
+
 class Retrieving(tokens.Tokens):
     """The documents of one split and their neighbours; `at` puts them together.
 
