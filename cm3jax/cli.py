@@ -349,6 +349,84 @@ def refuse_idle(verb: str, recipe: Recipe, default: Recipe, own: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class RetrieveBuild:
+    """Make the retriever, the memory bank and the neighbours of a run, as far as they are not there.
+
+    cm3jax retrieve build RUN
+
+    cm3jax retrieve build RUN --extend --bank.splits train more --bank.search ivf_pq
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with prepared/ and text/, whose recipe retrieves."""
+    extend: bool = False
+    """Add the further splits of --bank.splits to the bank, or search it another way, and keep the vectors in it."""
+    redo: Literal["", "retriever", "bank", "neighbours"] = ""
+    """Stage to make again from nothing, with all that depend on it."""
+    recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+    cluster: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
+
+    def __call__(self):
+        from cm3jax import hosts, run
+
+        own = ("retrieve", "retriever", "bank", "neighbours", "name")
+        refuse_idle("retrieve build", self.recipe, run_recipe(self.run), own)
+        hosts.start(self.cluster)
+        run.build_memory(self.recipe, self.run, self.redo, self.extend)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrieveQuery:
+    """Show the documents that a run's memory bank has for a text or a picture, with their scores.
+
+    cm3jax retrieve query RUN "a large red circle top left"
+
+    cm3jax retrieve query RUN picture.png --count 8 --out sheet.png
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with retriever/, bank/ and prepared/."""
+    query: Positional[Annotated[str, arg(metavar="QUERY")]]
+    """A text, or the path of a picture file."""
+    count: int = 4
+    """Documents at most."""
+    out: str = ""
+    """PNG file for the sheet; "": a file of its own name in RUN/retrieved."""
+
+    def __call__(self):
+        from cm3jax import png
+
+        stated(self.query)
+        count, given = positive("count", self.count), folder(self.run)
+        picture = png.read(self.query) if looks_like_a_file(self.query) else None
+        from cm3jax.retrieval import memory, sheet
+
+        bank = memory.load(given)
+        asked = {"texts": [self.query]} if picture is None else {"pictures": [picture]}
+        (found,) = bank.find(**asked, count=count)
+        for document in found:
+            text = " / ".join(part for part in bank.record(document).parts if isinstance(part, str))
+            origin = ", ".join(x for x in (document.source, document.license) if x)
+            print(f"{document.score:.3f}  {document.key}{f' ({origin})' if origin else ''}: {text}")
+        if len(found) < count:
+            print(f"{len(found)} of {count}: no more documents pass the limits of the run's neighbours.* settings")
+        records = [bank.record(document) for document in found]
+        drawn = sheet.draw(self.query if picture is None else picture, records, [x.score for x in found])
+        if not self.out:
+            print(png.write(given / "retrieved", drawn, self.query, 0, 0, bank.settings))
+            return
+        print(png.save(self.out, drawn))
+
+
+def looks_like_a_file(text: str) -> bool:
+    """Return whether an argument is the path of a file, or ends as a picture's name does."""
+    endings = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+    with contextlib.suppress(OSError, ValueError):
+        return text.lower().endswith(endings) or pathlib.Path(text).is_file()
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Score a run; writes report.json, report.html and samples.png."""
 
@@ -442,12 +520,15 @@ VERBS = {
     "generate": Generate,
     "caption": Caption,
     "infill": Infill,
+    "retrieve build": RetrieveBuild,
+    "retrieve query": RetrieveQuery,
     "evaluate": Evaluate,
     "plan": Plan,
     "bench": Bench,
     "doctor": Doctor,
 }
-RECIPES = {"run": "RECIPE", "plan": "RECIPE", "train": "CONFIG", "encode": "RUN", "evaluate": "RUN"}
+RECIPES = {"run": "RECIPE", "plan": "RECIPE", "train": "CONFIG"}
+RECIPES |= {"encode": "RUN", "evaluate": "RUN", "retrieve build": "RUN"}
 SAMPLED = {"generate": "text_to_image", "caption": "image_to_text", "infill": "infill"}
 FIRST = RECIPES | dict.fromkeys(SAMPLED, "RUN")
 """Verbs whose first argument names where the defaults of their flags come from: a recipe, a run, a run's scores."""
@@ -580,7 +661,8 @@ def command(argv: list[str]) -> int | None:
 
         print(f"cm3jax {importlib.metadata.version('cm3jax')}")
         return 0
-    verb, rest = argv[0], argv[1:]
+    words = 2 if " ".join(argv[:2]) in VERBS else 1
+    verb, rest = " ".join(argv[:words]), argv[words:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"

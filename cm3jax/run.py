@@ -637,6 +637,52 @@ def say(line: str) -> None:
 # -------------------------------------------------------------------------------------------------- one stage by itself
 
 
+MEMORY = ("retriever", "bank", "neighbours")
+
+
+def build_memory(recipe: Recipe, folder, redo: str = "", extend: bool = False) -> None:
+    """Bring retriever, bank and neighbours up to date.
+
+    Args:
+      redo: The one of them to make again from nothing, with all that depend on it.
+      extend: Keep the bank's vectors though its splits have grown, or it is searched another way.
+
+    Raises:
+      UserError: as `run`, or if the recipe does not retrieve.
+    """
+    folder = pathlib.Path(folder)
+    if not recipe.retrieve:
+        raise UserError(f"{folder}: its recipe does not retrieve; add --retrieve to make a memory for it")
+    if extend and hosts.lead():
+        with stages.locked(folder):
+            extend_bank(recipe, folder)
+    hosts.barrier("the bank may grow")
+    for name in MEMORY:
+        run(recipe, folder, redo=name if name == redo else "", only=name)
+
+
+def extend_bank(recipe: Recipe, folder: pathlib.Path) -> None:
+    """Let a finished bank continue under settings that add splits or change the search; neighbours are made again.
+
+    Raises:
+      UserError: if there is no finished bank, or the settings would change vectors that are in it.
+    """
+    stage = STAGES["bank"]
+    require(["bank"], folder)
+    record = stages.read(stage.folder(folder))
+    old, new = config.from_json(config.Bank, record.config["bank"], "bank"), recipe.bank
+    if new.splits[: len(old.splits)] != old.splits or new.shard != old.shard:
+        raise UserError(
+            f"--extend: bank.splits {old.splits} can only grow at their end, here {new.splits}, and bank.shard must"
+            f" stay {old.shard:,}, here {new.shard:,}; else make the bank again with --redo bank"
+        )
+    if not stages.differences(record.config, stage.settings(recipe)):
+        return
+    record.config, record.complete = stage.settings(recipe), False
+    stages.write(stage.folder(folder), record)
+    stages.remove(STAGES["neighbours"].folder(folder))
+
+
 def fetch(stage: str, url: str, folder: pathlib.Path, recipe: Recipe) -> None:
     """Copy what a stage needs of a run in a bucket into a run folder.
 
