@@ -202,8 +202,10 @@ class Generate:
         pictures, found = recall.draw(
             generator, prompts, seeded(self.seed), self.sampling, memory, count, encoder, candidates
         )
+        keys = tuple(tuple(one.key for one in row) for row in found)
         for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-            print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, self.sampling))
+            how = Remembering(self.sampling, keys[i], candidates) if count or candidates > 1 else self.sampling
+            print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, how))
             tell(found[i], count)
 
 
@@ -292,6 +294,15 @@ class Infill:
         drawn = generator.infill_image(pictures, texts, [self.box] * rows, seeded(self.seed), self.sampling)
         for i, picture in enumerate(drawn):
             print(png.write(self.out or run / "infilled", picture, self.text, self.seed, i, self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembering:
+    """What a picture was drawn with, beside its caption: written into its file."""
+
+    sampling: Sampling
+    documents: tuple[str, ...]
+    candidates: int
 
 
 def documents(given: int, run: pathlib.Path, verb: str) -> int:

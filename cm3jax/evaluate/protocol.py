@@ -115,10 +115,11 @@ class Artist:
     """A generator with the settings of an evaluation, and perhaps a memory.
 
     Attributes:
+      generator: A `sample.generate.Generator`.
       memory: A `retrieval.memory.Memory`; None: nothing is retrieved.
     """
 
-    generator: generate.Generator
+    generator: Any
     settings: configs.Evaluate
     memory: Any = None
 

@@ -17,7 +17,7 @@ Documents = list[list[Any]]
 
 
 def draw(
-    generator: generate.Generator,
+    generator: Any,
     captions: Sequence[str],
     seed: int = 0,
     sampling: configs.Sampling = configs.Sampling(),
@@ -29,6 +29,7 @@ def draw(
     """Return a picture for each caption, uint8 [n, h, w, 3], and the documents that were shown.
 
     Args:
+      generator: A `generate.Generator`.
       memory: A `retrieval.memory.Memory`, asked for `documents` a caption; needed if that is above 0.
       encoder: Picks the best of `candidates` pictures; needed if that is above 1.
     """
@@ -39,7 +40,7 @@ def draw(
 
 
 def write(
-    generator: generate.Generator,
+    generator: Any,
     shown: Sequence[np.ndarray] | np.ndarray,
     seed: int = 0,
     sampling: configs.Sampling = generate.GREEDY,
