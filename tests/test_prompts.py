@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from cm3jax.config import DecoderStage, Mask, Packing, Training
-from cm3jax.data import pipeline, tokens
+from cm3jax.config import DecoderStage, Mask, Packing, Retrieved, Training
+from cm3jax.data import mixing, neighbours, pipeline, retrieved, tokens
 from cm3jax.objectives import causal_mask
 from cm3jax.tokenizers import document, text
 from cm3jax.types import UserError
@@ -165,6 +165,18 @@ def test_every_prompt_kind_is_common_in_the_quickstart_s_rows(tmp_path):
     assert some == pipeline.prompt_frequencies(data, stage, VOCAB, 200, literal=True)  # one document: no difference
     assert min(found.values()) >= 0.02, found
     assert abs(found["continuation"] - 0.37) < 0.04 and abs(found["image_to_text"] - 0.092) < 0.02
+
+
+def test_every_prompt_kind_is_common_in_rows_with_retrieved_documents_before(tmp_path):
+    """With none to three before, as many rows of each number; a prompt with all three of them is rarer."""
+    data, rng = corpus(tmp_path / "tokens", VOCAB, 200, (20, 60), 64), np.random.default_rng(1)
+    found = np.stack([rng.permutation(200)[:4] for _ in range(200)]).astype(np.int32)
+    neighbours.write(tmp_path / "neighbours", "train", found)
+    packing = Packing("whole", 560, documents=1, most_spans=4)
+    stage = DecoderStage(packing=packing, retrieved=Retrieved(least=0, most=3), training=Training(batch=1))
+    shown = mixing.open(data.folder, "train", stage, retrieved.Source(tmp_path / "neighbours", ("train",)))
+    found = pipeline.prompt_frequencies(shown, stage, VOCAB, 1500)
+    assert min(found.values()) >= 0.02 and found["text_to_image"] > 0.3, found
 
 
 def test_rotation_makes_whole_captions_common_in_the_paper_s_rows(tmp_path):
