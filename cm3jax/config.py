@@ -370,7 +370,8 @@ class Bank:
     splits: tuple[str, ...] = ("train",)
     """Splits whose documents can be retrieved; validation and test are refused."""
     search: Literal["flat", "ivf_pq", "hnsw", "mesh"] = "flat"
-    """flat, ivf_pq, hnsw: faiss on the host (pip install 'cm3jax[retrieval]'); mesh: sharded over the accelerators."""
+    """flat: every vector, on the host; ivf_pq, hnsw: faiss on the host (pip install 'cm3jax[retrieval]'); mesh: every
+    vector, split over the accelerators."""
     batch: int = 256
     """Documents that go through the retriever at once, over all chips of a host."""
     shard: int = 1_000_000

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -70,7 +71,8 @@ def write(folder, ids, merges):
 def test_ids_equal_those_of_transformers_for_captions_of_mixed_scripts(files):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPTokenizerFast(vocab=str(files / clip.VOCAB), merges=str(files / clip.MERGES))
-    ours, texts = clip.load(files), captions(12_000, 2)
+    single = [f"a{c}b 1{c}!{c}" for c in map(chr, range(0x3400)) if unicodedata.category(c) != "Cn"]
+    ours, texts = clip.load(files), captions(12_000, 2) + single
     assert ours.begin == theirs.bos_token_id and ours.end == theirs.eos_token_id
     merged = 0
     for caption, wanted in zip(texts, theirs(texts)["input_ids"], strict=True):

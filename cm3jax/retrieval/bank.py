@@ -132,7 +132,7 @@ def mark(record: Record) -> UInt64[np.ndarray, " n"]:
     A caption alone makes no copy: many pictures have the same.
     """
     texts, pictures = pair_batches.parts(record)
-    return np.array([prepare_shard.digest(part) for part in pictures or ["\n".join(texts)]], np.uint64)
+    return np.array([prepare_shard.digest(part) for part in pictures or ["\n".join(texts)] * bool(texts)], np.uint64)
 
 
 def finish(prepared, out, settings: configs.Bank, identity: str) -> bool:

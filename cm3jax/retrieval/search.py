@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64, UInt64
+from jaxtyping import Float, Float32, Int64
 
 from cm3jax import config as configs
 from cm3jax.retrieval import bank as banks
@@ -76,13 +76,31 @@ class Flat:
         return joined(rows, k)
 
     def _some(self, queries: np.ndarray, k: int) -> Found:
-        best = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        queries = np.asarray(queries, np.float32)
+        best = filled(np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64), k)
         for first, block in self.bank.blocks(BLOCK):
-            scores = np.asarray(queries, np.float32) @ block.astype(np.float32).T
-            found, at = top(scores, min(k, len(block)))
-            both = [np.concatenate(pair, 1) for pair in zip(best, (found, at + first), strict=True)]
-            best = take(*both, k)
-        return filled(*best, k)
+            scores = queries @ block.astype(np.float32).T
+            row, at = better(scores, best[0][:, -1:], k)
+            best = merged(best, row, scores[row, at], at + first)
+        return best
+
+
+def better(scores: Float32[np.ndarray, "q n"], worst: Float32[np.ndarray, "q 1"], k: int):
+    """Return row and column of the scores that may be among the k best, given the worst of those found before."""
+    if np.isneginf(worst).any() and scores.shape[1] > k:  # nothing to hold against them yet
+        return np.nonzero(scores >= np.partition(scores, -k, 1)[:, -k, None])
+    return np.nonzero(scores > worst)  # an equal one has the higher id
+
+
+def merged(best: Found, row: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> Found:
+    """Return the best of each row from those found before and more of some rows."""
+    count, k = best[0].shape
+    row = np.concatenate([np.repeat(np.arange(count), k), row])
+    scores, ids = np.concatenate([best[0].ravel(), scores]), np.concatenate([best[1].ravel(), ids])
+    order = np.lexsort((ids, -scores, row))
+    first = np.searchsorted(row[order], np.arange(count))[:, None]
+    chosen = order[first + np.arange(k)]
+    return scores[chosen], ids[chosen]
 
 
 def check(bank: banks.Bank, queries: np.ndarray, k: int) -> None:
@@ -92,20 +110,6 @@ def check(bank: banks.Bank, queries: np.ndarray, k: int) -> None:
         raise UserError(
             f"queries of shape {queries.shape}: the vectors of {str(bank.folder)!r} have {bank.size} numbers"
         )
-
-
-def top(scores: Float32[np.ndarray, "q n"], k: int) -> Found:
-    """Return the k best of each row and where they stand; of equal scores the first ones, in order."""
-    keys = sortable(scores) << np.uint64(32) | (np.uint64(2**32 - 1) - np.arange(scores.shape[1], dtype=np.uint64))
-    best = np.sort(np.partition(keys, keys.shape[1] - k, 1)[:, keys.shape[1] - k :], 1)[:, ::-1]
-    at = (np.uint64(2**32 - 1) - (best & np.uint64(2**32 - 1))).astype(np.int64)
-    return np.take_along_axis(scores, at, 1), at
-
-
-def sortable(scores: Float32[np.ndarray, "q n"]) -> UInt64[np.ndarray, "q n"]:
-    """Return whole numbers in the order of the scores."""
-    bits = (scores + np.float32(0)).view(np.uint32)  # -0 becomes 0
-    return np.where(bits >> 31, ~bits, bits | np.uint32(2**31)).astype(np.uint64)
 
 
 def take(scores: Float32[np.ndarray, "q n"], ids: Int64[np.ndarray, "q n"], k: int) -> Found:

@@ -101,7 +101,8 @@ class Pieces:
 class Words:
     """CLIP's tokenizer, from its published files; ids are those of transformers' CLIPTokenizer.
 
-    Only the names of begin and end within a text differ: they are letters and signs here, like all others.
+    Only these differ: the names of begin and end within a text, which are letters and signs here like all others, and
+    characters that are younger than this Python's Unicode, which are signs.
     """
 
     def __init__(self, vocab, merges):
