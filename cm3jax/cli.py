@@ -163,7 +163,8 @@ class Run:
 class Generate:
     """Draw pictures from captions.
 
-    The sampling flags start from the setting that the run's evaluation chose.
+    The sampling flags start from the setting that the run's evaluation chose. With --documents, or where the evaluation
+    chose some, documents of the run's memory bank are shown before each caption, and their keys are printed.
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
@@ -177,6 +178,10 @@ class Generate:
     """Folder for the pictures; "": RUN/generated."""
     batch: int = 16
     """Pictures drawn at one time."""
+    documents: int = -1
+    """Documents shown before each caption; -1: as many as the run's evaluation chose."""
+    candidates: int = 1
+    """Pictures drawn for each that is kept; the run's retriever picks the one nearest to the caption."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -188,13 +193,20 @@ class Generate:
             )
         for prompt in self.prompts:
             stated(prompt)
+        count, candidates = documents(self.documents, run, "generate"), positive("candidates", self.candidates)
         from cm3jax import png
-        from cm3jax.sample import generate
+        from cm3jax.sample import generate, recall
 
         generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
-        pictures = generator.text_to_image(prompts, seeded(self.seed), self.sampling)
+        memory, encoder = remembered(run, self.batch, count, candidates > 1)
+        pictures, found = recall.draw(
+            generator, prompts, seeded(self.seed), self.sampling, memory, count, encoder, candidates
+        )
+        keys = tuple(tuple(one.key for one in row) for row in found)
         for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-            print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, self.sampling))
+            how = Remembering(self.sampling, keys[i], candidates) if count or candidates > 1 else self.sampling
+            print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, how))
+            tell(found[i], count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +222,8 @@ class Caption:
     """Pictures looked at at one time."""
     max_text: int = 96
     """Longest caption, in tokens."""
+    documents: int = -1
+    """Documents of the run's memory bank shown before each picture; -1: as many as the run's evaluation chose."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -219,12 +233,15 @@ class Caption:
         if not self.pictures:
             raise UserError("caption: needs a picture file behind the run folder")
         pictures = [png.read(path) for path in self.pictures]
-        from cm3jax.sample import generate
+        count, max_text = documents(self.documents, run, "caption"), positive("max_text", self.max_text)
+        from cm3jax.sample import generate, recall
 
         generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
-        texts = generator.image_to_text(pictures, seeded(self.seed), self.sampling, positive("max_text", self.max_text))
-        for path, text in zip(self.pictures, texts, strict=True):
+        memory, _ = remembered(run, self.batch, count)
+        texts, found = recall.write(generator, pictures, seeded(self.seed), self.sampling, max_text, memory, count)
+        for path, text, shown in zip(self.pictures, texts, found, strict=True):
             print(f"{path}: {text}" if len(texts) > 1 else text)
+            tell(shown, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +294,40 @@ class Infill:
         drawn = generator.infill_image(pictures, texts, [self.box] * rows, seeded(self.seed), self.sampling)
         for i, picture in enumerate(drawn):
             print(png.write(self.out or run / "infilled", picture, self.text, self.seed, i, self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembering:
+    """What a picture was drawn with, beside its caption: written into its file."""
+
+    sampling: Sampling
+    documents: tuple[str, ...]
+    candidates: int
+
+
+def documents(given: int, run: pathlib.Path, verb: str) -> int:
+    """Return how many documents are shown: those of the flag, or as many as the run's evaluation chose."""
+    if given < -1:
+        raise UserError(f"--documents = {given}: must be at least 0, or -1 for what the run's evaluation chose")
+    return reported(run, lambda report: report.get(SAMPLED[verb], {}).get("documents", 0)) if given < 0 else given
+
+
+def remembered(run: pathlib.Path, batch: int, documents: int, rerank: bool = False):
+    """Return the run's memory, if documents are asked for, and its retriever, if one is to pick."""
+    from cm3jax.retrieval import encoder
+    from cm3jax.retrieval import memory as memories
+
+    memory = memories.load(run, batch) if documents else None
+    picks = (memory.encoder if memory else encoder.load(run / "retriever", batch)) if rerank else None
+    return memory, picks
+
+
+def tell(found, asked: int) -> None:
+    """Print which documents were shown, indented below what was drawn or written with them."""
+    for one in found:
+        print(f"    with {one.split}/{one.key}, score {one.score:.3f}{f', {one.license}' if one.license else ''}")
+    if len(found) < asked:
+        print(f"    {len(found)} of {asked} documents: no more were found, or the row has no room")
 
 
 def positive(name: str, value: int) -> int:

@@ -261,7 +261,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     import jax
 
     from cm3jax import hooks
-    from cm3jax.data import index, mixing, paths, pipeline
+    from cm3jax.data import index, mixing, paths, pipeline, retrieved
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
 
@@ -273,12 +273,18 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     held_out = "validation" in token_shards.splits(run / "tokens")
     mixture = dataclasses.replace(stage.mixture, sets=tuple(map(str, sets)))
     stage = dataclasses.replace(stage, mixture=mixture)
-    found = mixing.open(run / "tokens", "train", mixture)
+    source = retrieved.source(recipe, run)
+    found = mixing.open(run / "tokens", "train", stage, source)
     facts = pipeline.describe(found, stage)
     say(
         "decoder: {documents:,} documents of {tokens:,} tokens in {rows:,} rows an epoch, {filled:.0%} filled,"
         " {too_long:,} left out as too long".format(**facts)
     )
+    if pipeline.retrieving(found):
+        say(
+            "decoder: {retrieved:,} documents are retrieved for them in an epoch, {given_up:,} more had no room in"
+            " a row".format(**facts)
+        )
     for line in found.describe() if sets else ():
         say(f"decoder: {line}")
     model = stages.significant(config.to_json(stage.model), "decoder.model")
@@ -287,8 +293,10 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     say(f"decoder: attention by {resolved.model.attention} on {device.device_kind}")
     loop.train(
         lm.task(resolved, vocab),
-        lambda step: pipeline.batches(run / "tokens", "train", stage, vocab, step, *host),
-        (lambda: pipeline.eval_batches(run / "tokens", "validation", stage, vocab, True, *host)) if held_out else None,
+        lambda step: pipeline.batches(run / "tokens", "train", stage, vocab, step, *host, source),
+        (lambda: pipeline.eval_batches(run / "tokens", "validation", stage, vocab, True, *host, source))
+        if held_out
+        else None,
         stage.training,
         run / "decoder",
         hooks=sampled(stage.training, hooks.drawings, recipe, run),

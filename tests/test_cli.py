@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from cm3jax import cli, config, run
+from cm3jax.retrieval import memory
 from cm3jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -138,6 +139,23 @@ def test_the_checkpoint_is_the_one_that_the_evaluation_chose(tmp_path):
     assert cli.chosen_checkpoint(tmp_path) is None
     (tmp_path / "report.json").write_text('{"protocol": {"checkpoint": {"step": 7}}}')
     assert cli.chosen_checkpoint(tmp_path) == 7
+
+
+def test_as_many_documents_are_shown_as_the_evaluation_chose_unless_the_flag_says_otherwise(tmp_path, capsys):
+    assert cli.documents(-1, tmp_path, "generate") == 0
+    (tmp_path / "report.json").write_text('{"text_to_image": {"documents": 2}, "image_to_text": {"documents": 1}}')
+    assert [cli.documents(n, tmp_path, "generate") for n in (-1, 0, 3)] == [2, 0, 3]
+    assert cli.documents(-1, tmp_path, "caption") == 1
+    assert "--documents = -2: must be at least 0" in refuse(capsys, "generate", str(tmp_path), "x", "--documents", "-2")
+    assert "--candidates = 0: must be at least 1" in refuse(capsys, "generate", str(tmp_path), "x", "--candidates", "0")
+
+
+def test_what_was_shown_is_told_and_what_is_missing_too(capsys):
+    found = [memory.Found(7, 0.8125, "bank", 3, "a-key", "made up", licence) for licence in ("CC0", "")]
+    cli.tell(found, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["    with bank/a-key, score 0.812, CC0", "    with bank/a-key, score 0.812"]
+    assert lines[2].startswith("    2 of 3 documents:") and len(lines) == 3
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"text_to_image": {"sampling": {"temp": 1}}}', '{"text_to_image": 3}'])
