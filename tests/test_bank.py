@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from cm3jax import config as configs
+from cm3jax.data import neighbours as files
 from cm3jax.data import prepare_shard, shards
 from cm3jax.retrieval import bank, encoder, neighbours, search
 from cm3jax.types import Record, UserError
@@ -187,7 +188,7 @@ def test_neighbours_of_a_bank_stand_in_shards_like_the_records(prepared, tmp_pat
     assert sorted(p.name for p in out.glob("*.npy")) == [
         f"{split}-0000{i}-of-00002.npy" for split in ("more", "test", "train") for i in (0, 1)
     ]
-    rows = neighbours.Neighbours(out, "train")
+    rows = files.Neighbours(out, "train")
     assert len(rows) == 23
     assert rows[0].shape == (4,) and rows[0].dtype == np.int32
     reader = shards.Reader(folder, "train")
@@ -198,5 +199,5 @@ def test_neighbours_of_a_bank_stand_in_shards_like_the_records(prepared, tmp_pat
     assert not neighbours.missing(folder, out)
     (out / "test-00001-of-00002.npy").unlink()
     assert neighbours.missing(folder, out) == [("test", 1, 2)]
-    with pytest.raises(UserError, match="'test' is not there, or lacks shards"):
-        neighbours.Neighbours(out, "test")
+    with pytest.raises(UserError, match=r"split 'test' has 1 files of \[2\] shards"):
+        files.Neighbours(out, "test")

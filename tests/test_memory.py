@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from cm3jax import cli, config, run, sharding
+from cm3jax.data import neighbours as files
 from cm3jax.data import sources_scenes, tokens
-from cm3jax.retrieval import bank, encoder, memory, neighbours, search, sheet
+from cm3jax.retrieval import bank, encoder, memory, search, sheet
 from cm3jax.tokenizers import clip as tokenizers
 from cm3jax.train import clip
 from cm3jax.types import UserError
@@ -72,8 +73,8 @@ def test_the_stages_leave_a_bank_and_neighbours_of_every_split(made, opened):
     assert len(opened.bank.shards) == 2
     sizes = {"train": 60, "validation": 12, "test": 12, "composition": 12}
     for split, size in sizes.items():
-        assert len(neighbours.Neighbours(made / "neighbours", split)) == size
-    rows = np.stack([neighbours.Neighbours(made / "neighbours", "train")[i] for i in range(60)])
+        assert len(files.Neighbours(made / "neighbours", split)) == size
+    rows = np.stack([files.Neighbours(made / "neighbours", "train")[i] for i in range(60)])
     assert (rows >= 0).all() and rows.max() < 60
     assert not (rows == np.arange(60)[:, None]).any()
 
@@ -175,7 +176,7 @@ def test_the_bank_grows_and_changes_its_index_without_a_vector_made_again(made, 
     assert grown.bank.documents == {"train": 60, "composition": 12}
     assert isinstance(grown.searcher, search.Approximate)
     assert "bank: hnsw finds 100.0% of the 10 nearest" in capsys.readouterr().out
-    assert len(neighbours.Neighbours(folder / "neighbours", "composition")) == 12
+    assert len(files.Neighbours(folder / "neighbours", "composition")) == 12
     with pytest.raises(UserError, match="can only grow at their end"):
         run.build_memory(RECIPE, folder, extend=True)
 

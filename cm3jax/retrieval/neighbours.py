@@ -8,62 +8,25 @@ without text, or without any left after the dropout, none by text.
 """
 
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int32
 
 from cm3jax import config as configs
-from cm3jax.data import encode, index, pair_batches, prepare_shard, shards, tokens
+from cm3jax.data import encode, index, pair_batches, prepare_shard, shards
+from cm3jax.data import neighbours as files
 from cm3jax.retrieval import bank as banks
 from cm3jax.retrieval import search, strategy
-from cm3jax.types import Record, UserError
-
-FILE = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<shards>\d{5})\.npy")
-
-
-class Neighbours:
-    """The neighbours of one split's documents: `neighbours[i]` is int32 [n], bank ids, -1 for none."""
-
-    def __init__(self, folder, split: str):
-        folder = pathlib.Path(folder)
-        found = {p.name: int(m["shards"]) for p in sorted(folder.glob("*.npy")) if (m := FILE.fullmatch(p.name))}
-        own = {name: n for name, n in found.items() if FILE.fullmatch(name)["split"] == split}
-        if not own or set(own.values()) != {len(own)}:
-            raise UserError(
-                f"neighbours {str(folder)!r}: split {split!r} is not there, or lacks shards; make them with: cm3jax"
-                " retrieve build RUN"
-            )
-        self.shards = [np.load(folder / name, mmap_mode="r" if index.count(folder / name) else None) for name in own]
-        self.starts = np.cumsum([0] + [len(x) for x in self.shards])
-        self._arguments = (folder, split)
-
-    def __reduce__(self):
-        return Neighbours, self._arguments
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, i: int) -> Int32[np.ndarray, " n"]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"document {i}: the split has {len(self)}")
-        shard = int(np.searchsorted(self.starts, i, "right")) - 1
-        return np.asarray(self.shards[shard][i - self.starts[shard]])
-
-
-# --------------------------------------------------------------------------------------------------------------- making
+from cm3jax.types import Record
 
 
 def missing(prepared, out) -> list[encode.Shard]:
     """Return the shards that have no neighbours yet, or not those that the index says."""
     out = pathlib.Path(out)
     wrong = set(index.faults(out)) if (out / index.FILE).is_file() else set()
-    return [s for s in encode.all_shards(prepared) if not (out / name(*s)).is_file() or name(*s) in wrong]
-
-
-def name(split: str, shard: int, count: int) -> str:
-    return f"{tokens.stem(split, shard, count)}.npy"
+    paths = {s: files.path(out, *s) for s in encode.all_shards(prepared)}
+    return [s for s, path in paths.items() if not path.is_file() or path.name in wrong]
 
 
 def make(
@@ -96,9 +59,7 @@ def make(
             rows.append(find(waiting, split, first, bank, searcher, encoder, settings))
         total += sum(map(len, rows))
         if write:
-            partial = out / f".{name(split, shard, count)}"
-            np.save(partial, np.concatenate(rows))
-            partial.replace(out / name(split, shard, count))
+            files.write(out, split, np.concatenate(rows), shard, count)
     return total
 
 
@@ -106,7 +67,8 @@ def describe(out) -> list[str]:
     """Return a line for each split: how many documents have how many neighbours."""
     lines = []
     for split in sorted(index.read(out)):
-        rows = np.concatenate([np.asarray(x) for x in Neighbours(out, split).shards])
+        found = files.Neighbours(out, split)
+        rows = found.read(0, len(found))
         mean = (rows >= 0).sum(1).mean() if len(rows) else 0.0
         none = (rows < 0).all(1).mean() if len(rows) else 0.0
         lines.append(f"{split}: {mean:.2f} of {rows.shape[1]} a document, none for {none:.1%}")
