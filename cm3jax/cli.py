@@ -163,7 +163,8 @@ class Run:
 class Generate:
     """Draw pictures from captions.
 
-    The sampling flags start from the setting that the run's evaluation chose.
+    The sampling flags start from the setting that the run's evaluation chose. With --documents, or where the evaluation
+    chose some, documents of the run's memory bank are shown before each caption, and their keys are printed.
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
@@ -177,6 +178,10 @@ class Generate:
     """Folder for the pictures; "": RUN/generated."""
     batch: int = 16
     """Pictures drawn at one time."""
+    documents: int = -1
+    """Documents shown before each caption; -1: as many as the run's evaluation chose."""
+    candidates: int = 1
+    """Pictures drawn for each that is kept; the run's retriever picks the one nearest to the caption."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -188,13 +193,18 @@ class Generate:
             )
         for prompt in self.prompts:
             stated(prompt)
+        count, candidates = documents(self.documents, run, "generate"), positive("candidates", self.candidates)
         from cm3jax import png
-        from cm3jax.sample import generate
+        from cm3jax.sample import generate, recall
 
         generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
-        pictures = generator.text_to_image(prompts, seeded(self.seed), self.sampling)
+        memory, encoder = remembered(run, self.batch, count, candidates > 1)
+        pictures, found = recall.draw(
+            generator, prompts, seeded(self.seed), self.sampling, memory, count, encoder, candidates
+        )
         for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
             print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, self.sampling))
+            tell(found[i], count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +220,8 @@ class Caption:
     """Pictures looked at at one time."""
     max_text: int = 96
     """Longest caption, in tokens."""
+    documents: int = -1
+    """Documents of the run's memory bank shown before each picture; -1: as many as the run's evaluation chose."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -219,12 +231,15 @@ class Caption:
         if not self.pictures:
             raise UserError("caption: needs a picture file behind the run folder")
         pictures = [png.read(path) for path in self.pictures]
-        from cm3jax.sample import generate
+        count, max_text = documents(self.documents, run, "caption"), positive("max_text", self.max_text)
+        from cm3jax.sample import generate, recall
 
         generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
-        texts = generator.image_to_text(pictures, seeded(self.seed), self.sampling, positive("max_text", self.max_text))
-        for path, text in zip(self.pictures, texts, strict=True):
+        memory, _ = remembered(run, self.batch, count)
+        texts, found = recall.write(generator, pictures, seeded(self.seed), self.sampling, max_text, memory, count)
+        for path, text, shown in zip(self.pictures, texts, found, strict=True):
             print(f"{path}: {text}" if len(texts) > 1 else text)
+            tell(shown, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +294,31 @@ class Infill:
             print(png.write(self.out or run / "infilled", picture, self.text, self.seed, i, self))
 
 
+def documents(given: int, run: pathlib.Path, verb: str) -> int:
+    """Return how many documents are shown: those of the flag, or as many as the run's evaluation chose."""
+    if given < -1:
+        raise UserError(f"--documents = {given}: must be at least 0, or -1 for what the run's evaluation chose")
+    return reported(run, lambda report: report.get(SAMPLED[verb], {}).get("documents", 0)) if given < 0 else given
+
+
+def remembered(run: pathlib.Path, batch: int, documents: int, rerank: bool = False):
+    """Return the run's memory, if documents are asked for, and its retriever, if one is to pick."""
+    from cm3jax.retrieval import encoder
+    from cm3jax.retrieval import memory as memories
+
+    memory = memories.load(run, batch) if documents else None
+    picks = (memory.encoder if memory else encoder.load(run / "retriever", batch)) if rerank else None
+    return memory, picks
+
+
+def tell(found, asked: int) -> None:
+    """Print which documents were shown, indented below what was drawn or written with them."""
+    for one in found:
+        print(f"    with {one.split}/{one.key}, score {one.score:.3f}{f', {one.license}' if one.license else ''}")
+    if len(found) < asked:
+        print(f"    {len(found)} of {asked} documents: no more were found, or the row has no room")
+
+
 def positive(name: str, value: int) -> int:
     if value < 1:
         raise UserError(f"--{name} = {value}: must be at least 1")
@@ -306,6 +346,84 @@ def refuse_idle(verb: str, recipe: Recipe, default: Recipe, own: tuple[str, ...]
                 f"--{name}: does nothing here, as {verb} takes the other stages' results as they are; what it listens"
                 f" to: {', '.join(f'--{section}.*' if section != 'name' else '--name' for section in own)}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrieveBuild:
+    """Make the retriever, the memory bank and the neighbours of a run, as far as they are not there.
+
+    cm3jax retrieve build RUN
+
+    cm3jax retrieve build RUN --extend --bank.splits train more --bank.search ivf_pq
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with prepared/ and text/, whose recipe retrieves."""
+    extend: bool = False
+    """Add the further splits of --bank.splits to the bank, or search it another way, and keep the vectors in it."""
+    redo: Literal["", "retriever", "bank", "neighbours"] = ""
+    """Stage to make again from nothing, with all that depend on it."""
+    recipe: Annotated[Recipe, flags.FLAT] = Recipe()
+    cluster: Annotated[configs.Hosts, flags.FLAT] = configs.Hosts()
+
+    def __call__(self):
+        from cm3jax import hosts, run
+
+        own = ("retrieve", "retriever", "bank", "neighbours", "name")
+        refuse_idle("retrieve build", self.recipe, run_recipe(self.run), own)
+        hosts.start(self.cluster)
+        run.build_memory(self.recipe, self.run, self.redo, self.extend)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrieveQuery:
+    """Show the documents that a run's memory bank has for a text or a picture, with their scores.
+
+    cm3jax retrieve query RUN "a large red circle top left"
+
+    cm3jax retrieve query RUN picture.png --count 8 --out sheet.png
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with retriever/, bank/ and prepared/."""
+    query: Positional[Annotated[str, arg(metavar="QUERY")]]
+    """A text, or the path of a picture file."""
+    count: int = 4
+    """Documents at most."""
+    out: str = ""
+    """PNG file for the sheet; "": a file of its own name in RUN/retrieved."""
+
+    def __call__(self):
+        from cm3jax import png
+
+        stated(self.query)
+        count, given = positive("count", self.count), folder(self.run)
+        picture = png.read(self.query) if looks_like_a_file(self.query) else None
+        from cm3jax.retrieval import memory, sheet
+
+        bank = memory.load(given)
+        asked = {"texts": [self.query]} if picture is None else {"pictures": [picture]}
+        (found,) = bank.find(**asked, count=count)
+        for document in found:
+            text = " / ".join(part for part in bank.record(document).parts if isinstance(part, str))
+            origin = ", ".join(x for x in (document.source, document.license) if x)
+            print(f"{document.score:.3f}  {document.key}{f' ({origin})' if origin else ''}: {text}")
+        if len(found) < count:
+            print(f"{len(found)} of {count}: no more documents pass the limits of the run's neighbours.* settings")
+        records = [bank.record(document) for document in found]
+        drawn = sheet.draw(self.query if picture is None else picture, records, [x.score for x in found])
+        if not self.out:
+            print(png.write(given / "retrieved", drawn, self.query, 0, 0, bank.settings))
+            return
+        print(png.save(self.out, drawn))
+
+
+def looks_like_a_file(text: str) -> bool:
+    """Return whether an argument is the path of a file, or ends as a picture's name does."""
+    endings = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+    with contextlib.suppress(OSError, ValueError):
+        return text.lower().endswith(endings) or pathlib.Path(text).is_file()
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,12 +520,15 @@ VERBS = {
     "generate": Generate,
     "caption": Caption,
     "infill": Infill,
+    "retrieve build": RetrieveBuild,
+    "retrieve query": RetrieveQuery,
     "evaluate": Evaluate,
     "plan": Plan,
     "bench": Bench,
     "doctor": Doctor,
 }
-RECIPES = {"run": "RECIPE", "plan": "RECIPE", "train": "CONFIG", "encode": "RUN", "evaluate": "RUN"}
+RECIPES = {"run": "RECIPE", "plan": "RECIPE", "train": "CONFIG"}
+RECIPES |= {"encode": "RUN", "evaluate": "RUN", "retrieve build": "RUN"}
 SAMPLED = {"generate": "text_to_image", "caption": "image_to_text", "infill": "infill"}
 FIRST = RECIPES | dict.fromkeys(SAMPLED, "RUN")
 """Verbs whose first argument names where the defaults of their flags come from: a recipe, a run, a run's scores."""
@@ -540,7 +661,8 @@ def command(argv: list[str]) -> int | None:
 
         print(f"cm3jax {importlib.metadata.version('cm3jax')}")
         return 0
-    verb, rest = argv[0], argv[1:]
+    words = 2 if " ".join(argv[:2]) in VERBS else 1
+    verb, rest = " ".join(argv[:words]), argv[words:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"

@@ -647,17 +647,25 @@ class Evaluate:
     """Validation examples per candidate setting."""
     max_text: int = 96
     """Longest caption, in tokens."""
+    documents: tuple[int, ...] = (0, 1, 2)
+    """Numbers of retrieved documents to draw and caption with (arXiv 2309.02591 table 1), a row of the report each;
+    only where the recipe retrieves."""
+    candidates: int = 1
+    """Pictures drawn for each caption, of which the retriever picks one (the paper: 8); above 1 the recipe must
+    retrieve."""
     sheet: int = 16
     """Examples shown in the report."""
     seed: int = 0
     """Of what is drawn, and of the objects that are infilled."""
 
     def __post_init__(self):
-        within(self, "evaluate", 1, math.inf, "samples", "batch", "validation_samples", "max_text")
+        within(self, "evaluate", 1, math.inf, "samples", "batch", "validation_samples", "max_text", "candidates")
         within(self, "evaluate", 0, math.inf, "sheet")
         within(self, "evaluate", 0, SEEDS - 1, "seed")
         if not self.draw:
             raise ValueError("evaluate.draw: empty; needs at least one setting for pictures")
+        if not self.documents or min(self.documents) < 0:
+            raise ValueError(f"evaluate.documents = {self.documents}: must be one or more numbers from 0 on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -685,6 +693,11 @@ class Recipe:
             raise ValueError(
                 f"decoder.packing.picture = {picture}: a picture of {self.prepare.resolution} px has {codes} codes;"
                 f" set it to {codes}, or to 0 for positions that count through the row"
+            )
+        if self.evaluate.candidates > 1 and not self.retrieve:
+            raise ValueError(
+                f"evaluate.candidates = {self.evaluate.candidates}: the retriever picks among them; set retrieve to"
+                " True, or candidates to 1"
             )
 
 

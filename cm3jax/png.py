@@ -27,6 +27,21 @@ def read(path) -> np.ndarray:
         raise UserError(f"picture {str(path)!r}: {e}; give a JPEG, PNG or WebP file") from None
 
 
+def save(path, picture: np.ndarray, fields: PngImagePlugin.PngInfo | None = None) -> pathlib.Path:
+    """Write one picture, uint8 [h, w, 3], to a PNG file, and return its path.
+
+    Raises:
+      UserError: if it cannot be written there.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path, "png", pnginfo=fields)
+    except OSError as e:
+        raise UserError(f"picture {str(path)!r}: {e.strerror or e}; choose another folder with --out") from None
+    return path
+
+
 def write(folder, picture: np.ndarray, prompt: str, seed: int, index: int, settings: Any) -> pathlib.Path:
     """Write one picture, uint8 [h, w, 3], and return its path; the name tells prompt, seed and index.
 
@@ -49,9 +64,4 @@ def write(folder, picture: np.ndarray, prompt: str, seed: int, index: int, setti
     }
     for name, value in {**values, "Software": "cm3jax"}.items():
         fields.add_itxt(name, value)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path, pnginfo=fields)
-    except OSError as e:
-        raise UserError(f"picture {str(path)!r}: {e.strerror or e}; choose another folder with --out") from None
-    return path
+    return save(path, picture, fields)

@@ -31,6 +31,8 @@ CHARTS = (
     ("decoder", "loss_text", "Decoder: text", NATS, None),
     ("decoder", "loss_image", "Decoder: picture codes", NATS, None),
     ("decoder", "loss_infill", "Decoder: infilled spans", NATS, None),
+    ("decoder", "loss_retrieved_text", "Decoder: text of retrieved documents", NATS, None),
+    ("decoder", "loss_retrieved_image", "Decoder: picture codes of retrieved documents", NATS, None),
     ("image", "psnr", "Image tokenizer: reconstruction", "PSNR, dB", None),
     ("image", "usage", "Image tokenizer: codes in use", "share of the codebook", (0.0, 1.0)),
 )

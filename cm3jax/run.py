@@ -155,17 +155,105 @@ def retrieves(recipe: Recipe) -> bool:
 
 def retriever(recipe: Recipe, run: pathlib.Path) -> None:
     """Pairs of the training split, or published weights -> retriever/."""
-    raise NotImplementedError
+    import jax
+
+    from cm3jax import trees
+    from cm3jax.data import index, pair_batches, shards
+    from cm3jax.retrieval import encoder
+    from cm3jax.tokenizers import clip as tokenizers
+    from cm3jax.train import clip, loop
+
+    if recipe.retriever.weights:
+        published = encoder.read_published(recipe.retriever.weights)
+        say(f"retriever: {trees.size(published[1]):,} parameters from {recipe.retriever.weights}")
+        return encoder.save(run / "retriever", *published) if hosts.lead() else None
+    index.check(run / "prepared", HOW["prepare"].format(run=run))
+    stage, host, prepared = recipe.retriever, (jax.process_index(), jax.process_count()), run / "prepared"
+    tokenizer = tokenizers.load(run / "text")
+    held_out = "validation" in shards.splits(prepared)
+    state = loop.train(
+        clip.task(stage, tokenizer.rows),
+        lambda step: pair_batches.batches(prepared, stage, tokenizer, step, *host),
+        (lambda: pair_batches.eval_batches(prepared, stage, tokenizer, *host)) if held_out else None,
+        stage.training,
+        run / "retriever",
+        name="retriever",
+        meta={"data": stages.read(prepared).result, "model": config.to_json(stage.model)},
+    )
+    weights = hosts.whole(clip.averaged(state))
+    if hosts.lead():
+        encoder.save(run / "retriever", stage.model, weights, tokenizer)
 
 
 def bank(recipe: Recipe, run: pathlib.Path) -> None:
-    """Records and the retriever -> bank/: a vector for each document."""
-    raise NotImplementedError
+    """Records and the retriever -> bank/: a vector for each document; the hosts share the shards."""
+    from cm3jax.data import index, pipeline, shards
+    from cm3jax.retrieval import bank, encoder, search
+
+    prepared, out, settings = run / "prepared", run / "bank", recipe.bank
+    index.check(prepared, HOW["prepare"].format(run=run))
+    mine = bank.plan(prepared, settings)[hosts.index() :: hosts.count()]
+    left = [shard for shard in bank.missing(prepared, out, settings) if shard in mine]
+    found = encoder.load(run / "retriever", settings.batch)
+    for shard in left:
+        reader = shards.Reader(prepared, shard.split)
+        records = pipeline.read(reader, shard.first, shard.stop)
+        bank.write(out, shard, encoder.embed(found, records, lambda line: say(f"bank: {line}")))
+    hosts.barrier("bank shards")
+    if not hosts.lead():
+        return
+    if not bank.finish(prepared, out, settings, found.identity):
+        raise UserError(f"{out}: not all shards are there; do the hosts see one disk?")
+    made = bank.open(out, found.identity)
+    say(f"bank: {len(made):,} documents of {made.size} numbers; {len(made.held_out):,} marks are held out")
+    if settings.search in search.APPROXIMATE:
+        search.build(made, settings, say)
+        say(search.measured(made, settings, sampled_queries(prepared, made, found)))
+
+
+def sampled_queries(prepared: pathlib.Path, made, encoder):
+    """Return the vectors of the texts and of the pictures of some documents of the bank: queries as retrieval has."""
+    import numpy as np
+
+    from cm3jax.data import shards
+    from cm3jax.retrieval import neighbours
+
+    readers = {split: shards.Reader(prepared, split) for split in made.splits}
+    places = [made.place(int(i)) for i in np.unique(np.linspace(0, len(made) - 1, RECALL).astype(np.int64))]
+    records = [readers[place.split][place.index] for place in places]
+    plain = config.Neighbours(dropout=0.0)
+    queries = np.concatenate([by(records, encoder, plain) for by in (neighbours.by_image, neighbours.by_text)])
+    return queries[queries.any(1)]
+
+
+RECALL = 128
+"""Documents whose texts and pictures an approximate index is measured with."""
 
 
 def neighbours(recipe: Recipe, run: pathlib.Path) -> None:
-    """Records of every split and the bank -> neighbours/: the documents that can be retrieved for each."""
-    raise NotImplementedError
+    """Records of every split and the bank -> neighbours/; hosts share the shards, unless all search the one mesh."""
+    from cm3jax.data import index
+    from cm3jax.retrieval import bank, encoder, neighbours, search
+
+    prepared, out, together = run / "prepared", run / "neighbours", recipe.bank.search == "mesh"
+    index.check(prepared, HOW["prepare"].format(run=run))
+    found = encoder.load(run / "retriever", recipe.bank.batch)
+    made = bank.open(run / "bank", found.identity)
+    left = hosts.leads([list(shard) for shard in neighbours.missing(prepared, out)])
+    left = [tuple(shard) for shard in left][0 if together else hosts.index() :: 1 if together else hosts.count()]
+    searcher, start = search.open(made, recipe.bank), time.monotonic()
+    write = hosts.lead() or not together
+    count = neighbours.make(prepared, out, made, searcher, found, recipe.neighbours, left, write)
+    if count:
+        say(f"neighbours: {count:,} documents, {count / (time.monotonic() - start):.1f} a second")
+    hosts.barrier("neighbour shards")
+    if not hosts.lead():
+        return
+    if neighbours.missing(prepared, out):
+        raise UserError(f"{out}: not all shards are there; do the hosts see one disk?")
+    index.write(out)
+    for line in neighbours.describe(out):
+        say(f"neighbours: {line}")
 
 
 def decoder(recipe: Recipe, run: pathlib.Path) -> None:
@@ -173,7 +261,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     import jax
 
     from cm3jax import hooks
-    from cm3jax.data import index, mixing, paths, pipeline
+    from cm3jax.data import index, mixing, paths, pipeline, retrieved
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
 
@@ -185,12 +273,18 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     held_out = "validation" in token_shards.splits(run / "tokens")
     mixture = dataclasses.replace(stage.mixture, sets=tuple(map(str, sets)))
     stage = dataclasses.replace(stage, mixture=mixture)
-    found = mixing.open(run / "tokens", "train", mixture)
+    source = retrieved.source(recipe, run)
+    found = mixing.open(run / "tokens", "train", stage, source)
     facts = pipeline.describe(found, stage)
     say(
         "decoder: {documents:,} documents of {tokens:,} tokens in {rows:,} rows an epoch, {filled:.0%} filled,"
         " {too_long:,} left out as too long".format(**facts)
     )
+    if pipeline.retrieving(found):
+        say(
+            "decoder: {retrieved:,} documents are retrieved for them in an epoch, {given_up:,} more had no room in"
+            " a row".format(**facts)
+        )
     for line in found.describe() if sets else ():
         say(f"decoder: {line}")
     model = stages.significant(config.to_json(stage.model), "decoder.model")
@@ -199,8 +293,10 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     say(f"decoder: attention by {resolved.model.attention} on {device.device_kind}")
     loop.train(
         lm.task(resolved, vocab),
-        lambda step: pipeline.batches(run / "tokens", "train", stage, vocab, step, *host),
-        (lambda: pipeline.eval_batches(run / "tokens", "validation", stage, vocab, True, *host)) if held_out else None,
+        lambda step: pipeline.batches(run / "tokens", "train", stage, vocab, step, *host, source),
+        (lambda: pipeline.eval_batches(run / "tokens", "validation", stage, vocab, True, *host, source))
+        if held_out
+        else None,
         stage.training,
         run / "decoder",
         hooks=sampled(stage.training, hooks.drawings, recipe, run),
@@ -367,11 +463,26 @@ def refuse_misfits(recipe: Recipe, names: list[str]) -> None:
             f"prepare.resolution = {side}: not a multiple of image.model's {factor} pixels per code; take {near}, or"
             " change image.model.patch or .multipliers"
         )
+    if "retriever" in names and recipe.retriever.weights:
+        refuse_weights(recipe.retriever)
     codes, packing = (side // factor) ** 2, recipe.decoder.packing
     if "decoder" in names and packing.kind == "whole" and packing.length < codes + LEAST_AROUND:
         raise UserError(
             f"decoder.packing.length = {packing.length}: no row holds a picture of {codes} codes and a caption; set it"
             f" to {codes + LEAST_AROUND} and some room for text and markers"
+        )
+
+
+def refuse_weights(stage: config.Retriever) -> None:
+    """Raise UserError unless the published weights that a stage names are there, whole and of its network."""
+    from cm3jax.retrieval import weights
+    from cm3jax.tokenizers import clip
+
+    clip.load(stage.weights)
+    found, wanted = (stages.flatten(config.to_json(x)) for x in (weights.look(stage.weights), stage.model))
+    if flags := [f"--retriever.model.{name} {value}" for name, value in found.items() if value != wanted[name]]:
+        raise UserError(
+            f"retriever.weights = {stage.weights}: of another network than retriever.model; add {' '.join(flags)}"
         )
 
 
@@ -483,7 +594,7 @@ def bring(stage: Stage, recipe: Recipe, folder: pathlib.Path, title: str, how: s
     say(f"{title}: {stages.read(stage.folder(folder)).seconds:.1f} s in all")
 
 
-TOGETHER = {"prepare", "image", "tokens", "retriever", "bank", "decoder"}
+TOGETHER = {"prepare", "image", "tokens", "retriever", "bank", "neighbours", "decoder"}
 """Stages that all hosts work on; during the others they wait for the lead."""
 
 
@@ -524,6 +635,52 @@ def say(line: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- one stage by itself
+
+
+MEMORY = ("retriever", "bank", "neighbours")
+
+
+def build_memory(recipe: Recipe, folder, redo: str = "", extend: bool = False) -> None:
+    """Bring retriever, bank and neighbours up to date.
+
+    Args:
+      redo: The one of them to make again from nothing, with all that depend on it.
+      extend: Keep the bank's vectors though its splits have grown, or it is searched another way.
+
+    Raises:
+      UserError: as `run`, or if the recipe does not retrieve.
+    """
+    folder = pathlib.Path(folder)
+    if not recipe.retrieve:
+        raise UserError(f"{folder}: its recipe does not retrieve; add --retrieve to make a memory for it")
+    if extend and hosts.lead():
+        with stages.locked(folder):
+            extend_bank(recipe, folder)
+    hosts.barrier("the bank may grow")
+    for name in MEMORY:
+        run(recipe, folder, redo=name if name == redo else "", only=name)
+
+
+def extend_bank(recipe: Recipe, folder: pathlib.Path) -> None:
+    """Let a finished bank continue under settings that add splits or change the search; neighbours are made again.
+
+    Raises:
+      UserError: if there is no finished bank, or the settings would change vectors that are in it.
+    """
+    stage = STAGES["bank"]
+    require(["bank"], folder)
+    record = stages.read(stage.folder(folder))
+    old, new = config.from_json(config.Bank, record.config["bank"], "bank"), recipe.bank
+    if new.splits[: len(old.splits)] != old.splits or new.shard != old.shard:
+        raise UserError(
+            f"--extend: bank.splits {old.splits} can only grow at their end, here {new.splits}, and bank.shard must"
+            f" stay {old.shard:,}, here {new.shard:,}; else make the bank again with --redo bank"
+        )
+    if not stages.differences(record.config, stage.settings(recipe)):
+        return
+    record.config, record.complete = stage.settings(recipe), False
+    stages.write(stage.folder(folder), record)
+    stages.remove(STAGES["neighbours"].folder(folder))
 
 
 def fetch(stage: str, url: str, folder: pathlib.Path, recipe: Recipe) -> None:

@@ -94,11 +94,33 @@ def curves(folder, names: dict[str, tuple[float, float]], steps: int) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make(run, n: int = 16, truth: bool = True):
+def retrieving(content: dict, scores: dict, folder) -> None:
+    """Add to examples and report what a run that retrieves has."""
+    picture(5).save(folder / "retrieved.png")
+    document = {
+        "key": "train/a<7>",
+        "score": 0.625,
+        "license": "CC0",
+        "caption": "one & more",
+        "picture": "retrieved.png",
+    }
+    for task in ("text_to_image", "image_to_text"):
+        for example in content[task][:3]:
+            example["documents"] = [document, {**document, "picture": None, "caption": None, "license": ""}]
+        rows = [{"documents": k, "validation": 0.5 + k / 10, "object_accuracy": 0.51 + k / 10} for k in range(3)]
+        for row in rows if "composition" in scores[task] else ():
+            row["composition"] = {"object_accuracy": 0.101 + row["documents"] / 10}
+        scores[task] |= {"documents": 2, "by_documents": rows, "candidates": 4}
+
+
+def make(run, n: int = 16, truth: bool = True, retrieved: bool = False):
     """Write a finished run's report.json, examples, metrics and recipe into folder `run`; return it."""
     content = examples(run / "evaluate", n, truth)
+    scores = report(truth)
+    if retrieved:
+        retrieving(content, scores, run / "evaluate")
     (run / "evaluate" / "examples.json").write_text(json.dumps(content))
-    (run / "report.json").write_text(json.dumps(report(truth)))
+    (run / "report.json").write_text(json.dumps(scores))
     (run / "recipe.json").write_text(
         json.dumps({"name": "quickstart", "prepare": {"source": "scenes:easy", "resolution": 64}})
     )

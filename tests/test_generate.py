@@ -65,6 +65,7 @@ def pictures():
     return list(np.random.default_rng(5).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8))
 
 
+NO_SPANS = np.zeros((0, 2), np.int64)
 PROMPTS = ["a red circle", "", "a blue square and two green dots"]
 
 
@@ -146,6 +147,11 @@ def test_no_prompts_give_no_answers(generator):
     "call, message",
     [
         (lambda g, p: g.text_to_image(["x" * 200]), "prompt 0: 202 tokens, but the model's row of 72 leaves 63"),
+        (
+            lambda g, p: g.text_to_image(["red"], retrieved=[documents(g, p) * 4]),
+            "of which 108 of retrieved documents, but the model's row of 72 leaves 63 before an answer of 9; shorten",
+        ),
+        (lambda g, p: g.text_to_image(["red"], retrieved=[]), "1 prompts, 0 lists_of_retrieved_documents: must be as"),
         (lambda g, p: g.infill_text(p[:1], ["no mask"]), "caption 'no mask': has 0 <mask>; must have exactly one"),
         (lambda g, p: g.infill_text(p, ["<mask>"]), "3 pictures, 1 captions: must be as many of each"),
         (lambda g, p: g.infill_image(p[:1], [""], [(0.5, 0.0, 1.5, 1.0)]), "box (0.5, 0.0, 1.5, 1.0): must be x0, y0"),
@@ -163,6 +169,83 @@ def test_a_users_mistake_is_one_clear_line(generator, pictures, call, message):
     with pytest.raises(UserError) as error:
         call(generator, pictures)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def documents(generator, pictures, texts=("a red circle", "two")):
+    """Return the ids of pairs of a text and a picture."""
+    return [
+        document.encode([text, codes], generator.text, VOCAB)
+        for text, codes in zip(texts, generator.encode(pictures[: len(texts)]), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("picture", [0, CODES])
+def test_a_picture_is_the_argmax_of_training_s_row_with_its_documents_before(generator, pictures, picture):
+    """Greedy codes are those of teacher forcing over the row as `data.packing` lays it out, with any number before."""
+    generator = dataclasses.replace(generator, picture=picture)
+    found, prompts = documents(generator, pictures), ["a blue", "red", "two"]
+    retrieved = [found, [], found[1:]]
+    prompt = [document.text_to_image(p, generator.text, VOCAB, r) for p, r in zip(prompts, retrieved, strict=True)]
+    rules, packed = (
+        grammar.pictures(VOCAB, generator.text.size, CODES),
+        configs.Packing("whole", LENGTH, picture=picture),
+    )
+    state = grammar.start([grammar.CODES] * 3, left=np.full(3, CODES))
+    drawn = generator._draw(rules, prompt, state, CODES, 0, generate.GREEDY)
+    for one, codes, before in zip(prompt, drawn, retrieved, strict=True):
+        row = np.concatenate([one.ids, codes])
+        shown, n = np.zeros(len(row), bool), sum(len(ids) + 1 for ids in before)
+        shown[1 : 1 + n] = True
+        batch = packing.arrays(
+            [packing.masked(row, np.ones(len(row), np.int32), NO_SPANS, VOCAB, packed, shown)], VOCAB, packed
+        )
+        inputs = [jnp.asarray(batch[name]) for name in ("inputs", "positions", "segments")]
+        hidden, _ = generator.model.apply({"params": generator.params}, *inputs)
+        scores = decoder.logits(generator.params, MODEL, hidden)[0, len(one.ids) - 1 : len(row) - 1]
+        best = VOCAB.image_start + np.argmax(scores[:, VOCAB.image_start : VOCAB.sentinel_start], -1)
+        np.testing.assert_array_equal(best, codes)
+        assert one.retrieved == n
+    alone = generator.text_to_image(prompts, 0, generate.GREEDY)
+    both = generator.text_to_image(prompts, 0, generate.GREEDY, retrieved)
+    np.testing.assert_array_equal(both[1], alone[1])
+    assert (both[0] != alone[0]).any()
+
+
+def test_captions_and_infilling_look_at_the_retrieved_documents(generator, pictures):
+    found = documents(generator, pictures)
+    before = [found, found[:1], []]
+    alone = generator.image_to_text(pictures, max_text=5)
+    with_them = generator.image_to_text(pictures, max_text=5, retrieved=before)
+    assert with_them[2] == alone[2] and with_them != alone
+    masks = ["a <mask> circle"] * 3
+    alone = generator.infill_text(pictures, masks, max_text=4)
+    with_them = generator.infill_text(pictures, masks, max_text=4, retrieved=before)
+    assert with_them[2] == alone[2] and with_them != alone
+    whole = [(0.0, 0.0, 1.0, 1.0)] * 3
+    alone = generator.infill_image(pictures, PROMPTS, whole, 0, generate.GREEDY)
+    short = [found[1:], found[1:], []]
+    with_them = generator.infill_image(pictures, PROMPTS, whole, 0, generate.GREEDY, short)
+    np.testing.assert_array_equal(with_them[2], alone[2])
+    assert (with_them != alone).any()
+
+
+def test_documents_are_given_up_until_the_prompt_fits(generator, pictures):
+    found = documents(generator, pictures)
+    for prompts in (["a", "x" * 30, "x" * 55], None):
+        many = [found * 4] * 3
+        kept = generator.fitting(many, prompts, max_text=20)
+        for row, documents_before in enumerate(kept):
+            own = 2 + len(generator.text.encode(prompts[row])) if prompts else CODES + 6 + 20 - CODES
+            used = [
+                own + sum(len(ids) + 1 for ids in ids_before)
+                for ids_before in (documents_before, many[row][: len(documents_before) + 1])
+            ]
+            assert used[0] <= LENGTH - CODES < used[1]
+            assert all(np.array_equal(a, b) for a, b in zip(documents_before, many[row], strict=False))
+    generator.text_to_image(
+        ["a", "x" * 30, "x" * 55], retrieved=generator.fitting([found * 4] * 3, ["a", "x" * 30, "x" * 55])
+    )
+    assert generator.fitting([found], ["a"]) == [found]
 
 
 @pytest.mark.parametrize("field, value", [("temperature", -1.0), ("top_p", 0.0), ("cd_alpha", 2.0), ("cd_k", 0)])
@@ -183,7 +266,9 @@ def test_filling_in_reads_the_positions_that_training_gives(generator, pictures,
     row = np.concatenate([prompt.ids, drawn])
     packed = configs.Packing(kind="whole", length=LENGTH, picture=picture)
     moved = np.arange(len(row)) > len(prompt.ids)
-    batch = packing.arrays([(row, np.ones(len(row), np.int32), moved, np.array(prompt.hidden))], VOCAB, packed)
+    batch = packing.arrays(
+        [(row, np.ones(len(row), np.int32), moved, np.array(prompt.hidden), moved & False)], VOCAB, packed
+    )
     inputs = [jnp.asarray(batch[name]) for name in ("inputs", "positions", "segments")]
     hidden, _ = generator.model.apply({"params": generator.params}, *inputs)
     scores = decoder.logits(generator.params, MODEL, hidden)[0, len(prompt.ids) - 1 : len(row) - 1]

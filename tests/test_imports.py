@@ -26,7 +26,7 @@ FLOORS = [
 """From the ground up. A module imports only lower floors, its own folder, and single files of its own floor."""
 APART = {"train", "sample"}
 """Neighbours on one floor that never import each other."""
-NO_JAX = ["cm3jax.data", "cm3jax.tokenizers.text", "cm3jax.tokenizers.document"]
+NO_JAX = ["cm3jax.data", "cm3jax.tokenizers.text", "cm3jax.tokenizers.document", "cm3jax.tokenizers.clip"]
 NO_JAX += ["cm3jax.objectives.causal_mask", "cm3jax.objectives.places"]
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "transformers", "faiss", "sklearn", "skimage", "matplotlib"}
 
@@ -136,7 +136,7 @@ def external(name, top_level=False):
 
 def test_reading_data_never_loads_jax():
     """But for what reads with grain, which imports jax by itself; there, no backend is started."""
-    with_grain = {"cm3jax.data.pipeline", "cm3jax.data.picture_batches"}
+    with_grain = {f"cm3jax.data.{name}" for name in ("pipeline", "picture_batches", "pair_batches")}
     loads = [f"importlib.import_module({n!r})" for n in DATA if n not in with_grain]
     assert len(loads) > 10
     assert not loaded_after("\n".join(["import importlib", *loads])) & (HEAVY | {"jax", "flax"})

@@ -40,7 +40,7 @@ def stage(folder, weights=(5.0, 3.0, 2.0), kind=WHOLE, batch=6, seed=0):
 
 
 def mixed(folder, *arguments, **values):
-    return mixing.open(folder / "a", "train", stage(folder, *arguments, **values).mixture)
+    return mixing.open(folder / "a", "train", stage(folder, *arguments, **values))
 
 
 def same(a, b):
@@ -53,7 +53,7 @@ def test_documents_of_all_sets_are_read_as_from_their_own(folder):
     assert len(found) == sum(count for count, _ in SIZES.values()) == len(own)
     assert all(np.array_equal(a, b) for a, b in zip(found, own, strict=True))
     assert found.read(61, 1, 4).tolist() == own[61][1:4].tolist() and len(found.keys()) == len(found)
-    with pytest.raises(IndexError, match="the mixture has 187"):
+    with pytest.raises(IndexError, match="the 3 sets have 187"):
         found.read(187, 0, 1)
 
 
@@ -72,7 +72,7 @@ def test_the_shares_of_the_tokens_are_the_weights(folder, weights):
 def test_the_shares_reach_the_rows_that_are_trained_on(folder):
     make, counts = pipeline.Batches(mixed(folder), stage(folder), VOCAB), collections.Counter()
     for g in range(400):
-        ids, _, _ = make.unmasked(g)
+        ids, *_ = make.unmasked(g)
         starts = np.flatnonzero(ids[:-1] < T)[:-1] + 1
         opens = [int(ids[i]) - T for i in starts if T <= ids[i] < T + 3 and ids[i + 1] >= T]
         lengths = dict(enumerate(mean + 2 for _, mean in SIZES.values()))
@@ -139,7 +139,7 @@ def test_the_fingerprint_names_the_weights(folder):
 
 def test_an_epoch_of_one_set_is_what_it_was_without_a_mixture(folder):
     own = tokens.Tokens(folder / "a", "train")
-    assert mixing.open(folder / "a", "train", Mixture()).mix is None
+    assert mixing.open(folder / "a", "train", DecoderStage()).mix is None
     plan = packing.plan(own.lengths, 0, 3, WHOLE)
     assert sorted(plan.documents) == list(range(61))
 
@@ -156,7 +156,7 @@ def test_weights_must_fit_the_sets():
 def test_a_set_without_tokens_is_refused(folder, tmp_path):
     tokens.write(tmp_path / "empty", "train", [])
     with pytest.raises(UserError, match="holds no token"):
-        mixing.open(folder / "a", "train", Mixture((str(tmp_path / "empty"),), (1.0, 1.0)))
+        mixing.open(folder / "a", "train", DecoderStage(mixture=Mixture((str(tmp_path / "empty"),), (1.0, 1.0))))
 
 
 def test_the_log_tells_of_every_set(folder):

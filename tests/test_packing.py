@@ -31,7 +31,7 @@ def rows(data, settings, mask, seed=0, epoch=0):
     """Yield (row before masking, owner, spans, masked row) of an epoch."""
     plan = packing.plan(data.lengths, seed, epoch, settings)
     for r in range(len(plan)):
-        ids, owner = packing.read(plan, r, data, settings)
+        ids, owner, _ = packing.read(plan, r, data, settings)
         spans = packing.draw_spans(ids, VOCAB, mask, settings, packing.stream(seed, "mask", epoch, r))
         yield ids, owner, spans, packing.masked(ids, owner, spans, VOCAB, settings)
 
@@ -144,7 +144,8 @@ def test_with_isolate_each_document_sees_what_a_row_of_its_own_would_show(data, 
             own = np.flatnonzero(owner[:keep] == document)
             mine = spans[owner[spans[:, 0]] == document] - own[0]
             moved = causal_mask.layout(mine, len(own))[1]
-            view = causal_mask.mask(ids[own], mine, VOCAB), np.ones(len(moved), np.int32), moved, mine[:0, 0]
+            masked = causal_mask.mask(ids[own], mine, VOCAB)
+            view = masked, np.ones(len(moved), np.int32), moved, mine[:0, 0], np.zeros(len(moved), bool)
             alone = {k: v[0] for k, v in packing.arrays([view], VOCAB, settings).items()}
             here, there = batch["segments"] == document, alone["segments"] == 1
             for name in ("inputs", "targets", "weights", "positions", "modality"):

@@ -17,6 +17,7 @@ VOCAB = Vocab(text=320, image=19, sentinels=11, multiple=7)
 CODES, LENGTH = 6, 97
 FIRST = LENGTH - CODES
 SETTINGS = Packing(kind="whole", length=LENGTH, picture=CODES)
+RETRIEVING = Packing(kind="whole", length=199, picture=CODES)
 words = st.lists(st.sampled_from(["a", "red", "blue", "circle", "\u00e9"]), min_size=1, max_size=5).map(" ".join)
 pictures = st.lists(st.integers(0, VOCAB.image - 1), min_size=CODES, max_size=CODES).map(np.uint16)
 
@@ -101,6 +102,29 @@ def test_prompts_and_what_is_drawn_after_them_have_the_places_of_training(tokeni
             place, following = decode._advance(jnp.array([int(token)]), following, FIRST, VOCAB)
             found.append(int(place[0]))
         assert found == expected[n : n + len(answer)].tolist(), prompt.kind
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(words, pictures), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_each_picture_retrieved_has_places_of_its_own_that_do_not_depend_on_how_many_stand_before(
+    tokenizer, pairs, seed
+):
+    """The picture k pictures before the query's lies k pictures before it among the places, masked or not."""
+    parts = [part for pair in pairs for part in pair]
+    ids = framed(parts, tokenizer)
+    shown = np.zeros(len(ids), bool)
+    shown[1 : len(ids) - 1 - len(document.encode(pairs[-1], tokenizer, VOCAB))] = True
+    spans = causal_mask.spans(ids, VOCAB, Mask(spans=2.0, rotate=0.2), np.random.default_rng(seed), 8)
+    row = packing.masked(ids, np.ones(len(ids), np.int32), spans, VOCAB, RETRIEVING, shown)
+    positions = packing.arrays([row], VOCAB, RETRIEVING)["positions"][0, : len(row[0])]
+    image = VOCAB.is_image(row[0])
+    assert dict(zip(positions[image].tolist(), row[0][image].tolist(), strict=True)) == {
+        RETRIEVING.length - (len(pairs) - i) * CODES + k: VOCAB.image_start + int(code)
+        for i, (_, codes) in enumerate(pairs)
+        for k, code in enumerate(codes)
+    }
+    if not len(spans):
+        assert positions[~image].tolist() == list(range((~image).sum()))
 
 
 @given(words, pictures)

@@ -17,6 +17,8 @@ words = st.lists(st.sampled_from(["a", "red", "blue", "circle", "\u2581", "\u00e
     " ".join
 )
 pictures = st.lists(st.integers(0, VOCAB.image - 1), min_size=1, max_size=16).map(lambda c: np.array(c, np.uint16))
+others = st.lists(st.tuples(words, pictures), max_size=3)
+"""Retrieved pairs."""
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,11 @@ def tokenizer(tmp_path_factory):
 
 def framed(parts, tokenizer):
     return np.array([EOD, *document.encode(parts, tokenizer, VOCAB), EOD], np.uint16)
+
+
+def shown(pairs, tokenizer):
+    """Return the ids of retrieved pairs, one by one."""
+    return [document.encode(pair, tokenizer, VOCAB) for pair in pairs]
 
 
 def masked(ids, *spans):
@@ -43,41 +50,45 @@ def allowed(ids, *spans):
     return all(any(a <= s and e <= b for a, b in causal_mask.stretches(ids)) and s < e for s, e in spans)
 
 
-@given(words, pictures)
-def test_text_to_image_is_a_prefix_of_the_unmasked_pair(tokenizer, caption, codes):
-    prompt = document.text_to_image(caption, tokenizer, VOCAB)
-    ids = framed([caption, codes], tokenizer)
+@given(words, pictures, others)
+def test_text_to_image_is_a_prefix_of_the_unmasked_pair(tokenizer, caption, codes, pairs):
+    prompt = document.text_to_image(caption, tokenizer, VOCAB, shown(pairs, tokenizer))
+    ids = framed([*sum(pairs, ()), caption, codes], tokenizer)
     assert begins(ids, prompt.ids, [*document.image_ids(codes, VOCAB), EOD])
     assert (prompt.produces, prompt.stop) == ("image", EOD)
 
 
-@given(words, pictures)
-def test_the_unconditional_prompt_is_a_prefix_of_the_pair_without_its_caption(tokenizer, caption, codes):
-    ids = framed([caption, codes], tokenizer)
-    whole = causal_mask.stretches(ids)[0]
-    prompt = document.unconditional(VOCAB)
-    assert begins(masked(ids, whole), prompt.ids, [*document.image_ids(codes, VOCAB), EOD])
-    assert np.array_equal(document.text_to_image(caption, tokenizer, VOCAB).unconditional, prompt.ids)
+@given(words, pictures, others)
+def test_the_unconditional_prompt_is_a_prefix_of_the_pair_without_its_caption(tokenizer, caption, codes, pairs):
+    """Retrieved documents stay in the stream of guidance; the query's text goes."""
+    ids = framed([*sum(pairs, ()), caption, codes], tokenizer)
+    prompt = document.text_to_image(caption, tokenizer, VOCAB, shown(pairs, tokenizer))
+    row = masked(ids, causal_mask.stretches(ids)[-2])
+    assert begins(row, prompt.unconditional, [*document.image_ids(codes, VOCAB), EOD])
+    plain = document.text_to_image(caption, tokenizer, VOCAB).unconditional
+    assert np.array_equal(plain, document.unconditional(VOCAB).ids)
 
 
-@given(words, pictures)
-def test_image_to_text_is_a_prefix_of_the_pair_without_its_caption(tokenizer, caption, codes):
-    ids, prompt = framed([caption, codes], tokenizer), document.image_to_text(codes, VOCAB)
-    caption_span, picture_span = causal_mask.stretches(ids)
+@given(words, pictures, others)
+def test_image_to_text_is_a_prefix_of_the_pair_without_its_caption(tokenizer, caption, codes, pairs):
+    ids = framed([*sum(pairs, ()), caption, codes], tokenizer)
+    prompt = document.image_to_text(codes, VOCAB, shown(pairs, tokenizer))
+    caption_span, picture_span = causal_mask.stretches(ids)[-2:]
     answer = [*document.text_ids(caption, tokenizer, VOCAB), EOSS]
     assert begins(masked(ids, caption_span), prompt.ids, answer) and prompt.stop == EOSS
     assert begins(masked(ids, caption_span, picture_span), prompt.unconditional, answer)
 
 
-@given(words, words, words, pictures)
-def test_infill_text_is_a_prefix_of_the_pair_without_those_words(tokenizer, before, words, after, codes):
-    pieces = [document.text_ids(x, tokenizer, VOCAB) for x in (before, words, " " + after)]
-    ids = np.array([EOD, *np.concatenate(pieces), BREAK, *document.image_ids(codes, VOCAB), EOD], np.uint16)
-    start = 1 + len(pieces[0])
+@given(words, words, words, pictures, others)
+def test_infill_text_is_a_prefix_of_the_pair_without_those_words(tokenizer, before, words, after, codes, pairs):
+    pieces, first = [document.text_ids(x, tokenizer, VOCAB) for x in (before, words, " " + after)], [EOD]
+    first += [i for found in shown(pairs, tokenizer) for i in (*found.tolist(), BREAK)]
+    ids = np.array([*first, *np.concatenate(pieces), BREAK, *document.image_ids(codes, VOCAB), EOD], np.uint16)
+    start = len(first) + len(pieces[0])
     span = (start, start + len(pieces[1]))
-    prompt = document.infill_text(before, " " + after, codes, tokenizer, VOCAB)
+    prompt = document.infill_text(before, " " + after, codes, tokenizer, VOCAB, shown(pairs, tokenizer))
     assert allowed(ids, span) and begins(masked(ids, span), prompt.ids, [*pieces[1], EOSS])
-    assert begins(masked(ids, *causal_mask.stretches(ids)), prompt.unconditional)
+    assert begins(masked(ids, *causal_mask.stretches(ids)[-2:]), prompt.unconditional)
 
 
 def test_infilling_a_whole_caption_is_captioning(tokenizer):
@@ -85,20 +96,20 @@ def test_infilling_a_whole_caption_is_captioning(tokenizer):
     assert document.infill_text("", "", codes, tokenizer, VOCAB).kind == "image_to_text"
 
 
-@given(words, pictures, st.data())
-def test_infill_image_is_a_prefix_of_the_pair_without_that_stretch(tokenizer, caption, codes, data):
+@given(words, pictures, others, st.data())
+def test_infill_image_is_a_prefix_of_the_pair_without_that_stretch(tokenizer, caption, codes, pairs, data):
     region = np.zeros(len(codes), bool)
     region[data.draw(st.lists(st.integers(0, len(codes) - 1), min_size=1))] = True
-    prompt = document.infill_image(caption, codes, region, tokenizer, VOCAB)
-    ids = framed([caption, codes], tokenizer)
-    start = causal_mask.stretches(ids)[1][0]
+    prompt = document.infill_image(caption, codes, region, tokenizer, VOCAB, shown(pairs, tokenizer))
+    ids = framed([*sum(pairs, ()), caption, codes], tokenizer)
+    start = causal_mask.stretches(ids)[-1][0]
     first, last = np.flatnonzero(region)[[0, -1]]
     span = (start + first, start + last + 1)
     answer = document.image_ids(codes, VOCAB)[first : last + 1]
     assert allowed(ids, span) and begins(masked(ids, span), prompt.ids, [*answer, EOSS])
     assert np.array_equal(prompt.known, np.where(region[first : last + 1], -1, answer.astype(int)))
     # the unconditional stream draws the same codes in place
-    assert begins(masked(ids, causal_mask.stretches(ids)[0]), prompt.unconditional, answer)
+    assert begins(masked(ids, causal_mask.stretches(ids)[-2]), prompt.unconditional, answer)
 
 
 @given(st.lists(st.one_of(words, pictures), max_size=5), st.booleans())
@@ -118,17 +129,16 @@ def test_a_region_that_marks_no_code_is_refused(tokenizer, region):
         document.infill_image("a", np.arange(4), region, tokenizer, VOCAB)
 
 
-@given(words, pictures, st.integers(0, 2**32 - 1))
-def test_what_masking_yields_is_named_by_the_prompts_that_begin_it(tokenizer, caption, codes, seed):
-    ids = framed([caption, codes], tokenizer)
+@given(words, pictures, others, st.integers(0, 2**32 - 1))
+def test_what_masking_yields_is_named_by_the_prompts_that_begin_it(tokenizer, caption, codes, pairs, seed):
+    ids, before = framed([*sum(pairs, ()), caption, codes], tokenizer), shown(pairs, tokenizer)
     spans = causal_mask.spans(ids, VOCAB, Mask(spans=1.5), np.random.default_rng(seed))
     row = masked(ids, *spans)
     found = document.kinds(row, VOCAB)
-    assert ("text_to_image" in found) == begins(
-        row, [*document.text_to_image(caption, tokenizer, VOCAB).ids], ids[-len(codes) - 1 :]
-    )
-    assert ("unconditional" in found) == begins(row, document.unconditional(VOCAB).ids, ids[-len(codes) - 1 :])
-    assert ("image_to_text" in found) == begins(row, document.image_to_text(codes, VOCAB).ids)
+    prompt = document.text_to_image(caption, tokenizer, VOCAB, before)
+    assert ("text_to_image" in found) == begins(row, prompt.ids, ids[-len(codes) - 1 :])
+    assert ("unconditional" in found) == begins(row, prompt.unconditional, ids[-len(codes) - 1 :])
+    assert ("image_to_text" in found) == begins(row, document.image_to_text(codes, VOCAB, before).ids)
     assert ("continuation" in found) == (len(spans) == 0)
 
 

@@ -9,13 +9,16 @@ Training finds a lost shard only when a row needs it, hours later; a folder that
 import concurrent.futures
 import json
 import pathlib
+import re
 
 import numpy as np
 
-from cm3jax.data import shards, tokens
+from cm3jax.data import shards
 from cm3jax.types import UserError
 
 FILE = "index.json"
+ARRAYS = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(\.\w+)?\.npy")
+"""Shards of .npy: one file, or one of each kind, such as `.ids.npy`."""
 AT_ONCE = 32
 """Files looked at at one time: a look is mostly waiting, on a network disk for milliseconds."""
 NAMED = 3
@@ -37,7 +40,7 @@ def make(folder) -> Index:
 
 def split(name: str) -> str:
     """Return the split that a shard file belongs to; "" if it is none."""
-    match = shards.NAME.fullmatch(name) or tokens.FILE.fullmatch(name)
+    match = shards.NAME.fullmatch(name) or ARRAYS.fullmatch(name)
     return match["split"] if match else ""
 
 

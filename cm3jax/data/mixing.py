@@ -11,8 +11,8 @@ import dataclasses
 
 import numpy as np
 
-from cm3jax.config import Mixture
-from cm3jax.data import packing
+from cm3jax.config import DecoderStage
+from cm3jax.data import packing, retrieved, tokens
 from cm3jax.data.tokens import Tokens
 from cm3jax.types import UserError
 
@@ -47,46 +47,34 @@ def stretch(seed: int, k: int, documents: int, start: int, count: int) -> np.nda
     return np.concatenate([*circle, np.zeros(0, np.int64)])[offset : offset + count]
 
 
-def mix(lengths: list[np.ndarray], weights: tuple[float, ...]) -> Mix:
-    """Return the mixture of sets with documents of these lengths, by shares of the tokens."""
-    totals = np.array([n.sum(dtype=np.int64) for n in lengths], np.float64)
+def mix(documents: list[int], totals: list[int], weights: tuple[float, ...]) -> Mix:
+    """Return the mixture of sets with so many documents and tokens, by shares of the tokens."""
     shares = np.array(weights) / sum(weights)
-    passes = totals.sum() * shares / totals
-    drawn = [max(1, round(p * len(n))) for p, n in zip(passes, lengths, strict=True)]
-    return Mix(tuple(len(n) for n in lengths), tuple(drawn))
+    passes = sum(totals) * shares / np.array(totals, np.float64)
+    drawn = [max(1, round(p * n)) for p, n in zip(passes, documents, strict=True)]
+    return Mix(tuple(documents), tuple(drawn))
 
 
-class Mixed(Tokens):
-    """Several sets as one: documents are numbered through all of them.
-
-    Attributes:
-      sets: `Tokens` each.
-    """
+class Mixed(tokens.Chain):
+    """Several sets as one: documents are numbered through all of them."""
 
     def __init__(self, sets: list[Tokens], weights: tuple[float, ...]):
+        super().__init__(sets)
         for one in sets:
             if not one.lengths.any():
                 raise UserError(f"token set {str(one.folder)!r}: holds no token; leave it out of the mixture")
-        self.sets, self.weights, self.split = sets, weights, sets[0].split
-        self.lengths = np.concatenate([one.lengths for one in sets])
-        self.mix = mix([one.lengths for one in sets], weights)
-        self._first = np.cumsum([0] + [len(one) for one in sets])
+        self.weights, self.mix = weights, mix([len(one) for one in sets], [one.total for one in sets], weights)
 
     def __reduce__(self):
         return Mixed, (self.sets, self.weights)
 
-    def read(self, i: int, start: int, end: int) -> np.ndarray:
-        if not 0 <= i < len(self):
-            raise IndexError(f"document {i}: the mixture has {len(self)}")
-        k = int(np.searchsorted(self._first, i, "right")) - 1
-        return self.sets[k].read(i - int(self._first[k]), start, end)
-
-    def keys(self) -> list[str]:
-        return [key for keys in map(Tokens.keys, self.sets) for key in keys]
+    def at(self, seed: int, epoch: int) -> Tokens:
+        shown = [one.at(seed, epoch) for one in self.sets]
+        return self if shown == self.sets else tokens.Chain(shown)
 
     def describe(self) -> list[str]:
         """Return a line for each set: what it holds, its share of the tokens, how often an epoch passes over it."""
-        totals = [int(one.lengths.sum(dtype=np.int64)) for one in self.sets]
+        totals = [one.total for one in self.sets]
         passes = [m / n for m, n in zip(self.mix.drawn, self.mix.documents, strict=True)]
         used = [total * p for total, p in zip(totals, passes, strict=True)]
         return [
@@ -96,7 +84,14 @@ class Mixed(Tokens):
         ]
 
 
-def open(folder, split: str, mixture: Mixture) -> Tokens:
-    """Return the token set of a folder, mixed with those that a mixture names if it names some."""
+def open(folder, split: str, stage: DecoderStage, source: retrieved.Source | None = None) -> Tokens:
+    """Return the token set that a stage trains on: that of a folder, mixed with those that its mixture names.
+
+    Args:
+      source: Of documents that are retrieved for those of the folder, not of the other sets, whose bank is another.
+    """
     own = Tokens(folder, split)
-    return Mixed([own, *(Tokens(other, split) for other in mixture.sets)], mixture.weights) if mixture.sets else own
+    if source and stage.retrieved.most:
+        own = retrieved.Retrieving(own, source, stage.retrieved, stage.packing)
+    others = [Tokens(other, split) for other in stage.mixture.sets]
+    return Mixed([own, *others], stage.mixture.weights) if others else own

@@ -18,14 +18,24 @@ from cm3jax.vocab import EOD, PAD, Vocab
 TEXT, IMAGE, INFILL, OTHER = range(4)
 """Modality of a target: text, image code, text or code of a moved span, anything else."""
 
-Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""A masked row: ids [t], segments [t], which tokens belong to moved spans, bool [t], the codes of each span [n]."""
+RETRIEVED = 4
+"""Added to the modality of a target that belongs to a retrieved document."""
+
+Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""A masked row: ids [t], segments [t], which tokens belong to moved spans, bool [t], the codes of each span [n], which
+tokens belong to retrieved documents, bool [t]."""
+
+EMPTY: Row = tuple(np.zeros(0, kind) for kind in (np.uint16, np.int32, bool, np.int64, bool))
+"""A row of padding."""
 
 
-def stream(seed: int, name: str, epoch: int, row: int = 0) -> np.random.Generator:
-    """Return the random stream of (seed, name, epoch, row); counters far apart in one Philox sequence."""
+def stream(seed: int, name: str, epoch: int, row: int = 0, start: int = 0) -> np.random.Generator:
+    """Return the random stream of (seed, name, epoch, row), from its 4 `start`-th number on.
+
+    Streams are counters far apart in one Philox sequence, which gives four numbers at one count.
+    """
     key = np.array([seed % 2**64, zlib.crc32(name.encode())], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, row, epoch], np.uint64)))
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([start, 0, row, epoch], np.uint64)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
@@ -151,27 +161,34 @@ def best_fit(sizes: np.ndarray, room: int, most: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------- row
 
 
-def read(plan: Plan, r: int, tokens: Tokens, packing: Packing) -> tuple[np.ndarray, np.ndarray]:
+def read(plan: Plan, r: int, tokens: Tokens, packing: Packing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return row r before masking, without padding.
+
+    Args:
+      tokens: As the plan's epoch shows them (`Tokens.at`).
 
     Returns:
       ids: uint16 [t], t <= packing.length.
-      document: int32 [t], 1, 2, ... within the row.
+      document: int32 [t], 1, 2, ... within the row; a document and what was retrieved for it are one.
+      retrieved: bool [t], tokens of retrieved documents, with the <break> behind each.
     """
     documents, skip = plan.row(r)
     eod, none = np.array([EOD], np.uint16), np.zeros(0, np.uint16)
     closing, pieces, sizes, left = eod if frame(packing) == 2 else none, [], [], packing.length
+    retrieved = np.zeros(packing.length, bool)
     for i in documents.tolist():
         body = tokens.read(i, max(0, skip - 1), skip - 1 + left)
         piece = [none if skip else eod, body, closing]
         pieces += piece
+        first = packing.length - left
+        retrieved[first + (not skip) : first + max(0, tokens.before(i) + 1 - skip)] = True
         sizes.append(min(left, sum(map(len, piece))))
         left, skip = left - sizes[-1], 0
     if left and packing.kind == "chop":
         pieces.append(eod)  # the last row of an epoch may end with the stream's last separator
         sizes[-1] += 1
     ids = np.concatenate(pieces)[: packing.length]
-    return ids, np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)
+    return ids, np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes), retrieved[: len(ids)]
 
 
 def draw_spans(ids: np.ndarray, vocab: Vocab, mask: Mask, packing: Packing, rng: np.random.Generator) -> np.ndarray:
@@ -179,60 +196,81 @@ def draw_spans(ids: np.ndarray, vocab: Vocab, mask: Mask, packing: Packing, rng:
     return causal_mask.spans(ids, vocab, mask, rng, packing.most_spans if packing.kind == "whole" else None)
 
 
-def masked(ids: np.ndarray, document: np.ndarray, spans: np.ndarray, vocab: Vocab, packing: Packing) -> Row:
+def masked(
+    ids: np.ndarray,
+    document: np.ndarray,
+    spans: np.ndarray,
+    vocab: Vocab,
+    packing: Packing,
+    retrieved: np.ndarray | None = None,
+) -> Row:
     """Move the spans of a row.
 
     With `isolate` a moved span, markers included, takes the segment of the document that it left, and sentinel
     numbers count per document.
 
+    Args:
+      retrieved: As from `read`; None: no document is.
+
     Returns:
-      ids: uint16 [t]; segments: int32 [t]; moved: bool [t], tokens of moved spans; hidden: int64 [n], codes of each.
+      ids: uint16 [t]; segments: int32 [t]; moved: bool [t], tokens of moved spans; hidden: int64 [n], codes of each;
+      retrieved: bool [t], of moved spans too, markers included.
     """
     spans, keep = causal_mask.fit(spans, len(ids), packing.length)
     segments = document if packing.isolate else np.ones_like(document)
+    retrieved = np.zeros(len(ids), bool) if retrieved is None else retrieved
     if not len(spans):
-        return ids, segments, np.zeros(len(ids), bool), np.zeros(0, np.int64)
+        return ids, segments, np.zeros(len(ids), bool), np.zeros(0, np.int64), retrieved
     source, moved, marker = causal_mask.layout(spans, keep)
     number = np.arange(len(spans))
     if packing.isolate:
         owner = document[spans[:, 0]]
         number -= np.searchsorted(owner, owner)
     out = causal_mask.with_markers(ids[source], marker, number[marker // 2], vocab)
-    return out, segments[source], moved, places.hidden(ids, spans, vocab)
+    return out, segments[source], moved, places.hidden(ids, spans, vocab), retrieved[source]
 
 
-def arrays(rows: list[Row], vocab: Vocab, packing: Packing) -> dict[str, np.ndarray]:
+def arrays(rows: list[Row], vocab: Vocab, packing: Packing, weight: float = 1.0) -> dict[str, np.ndarray]:
     """Return a batch from the rows that `masked` gave.
+
+    Args:
+      weight: Of targets that belong to retrieved documents.
 
     Returns:
       inputs: int32 [b, t] ids, t = packing.length; padding is <pad>.
       targets: int32 [b, t], the next token of the same segment; <pad> where there is none.
-      weights: float32 [b, t], 1 where there is a target, else 0; all tokens weigh the same (arXiv 2309.02591 §2.2).
+      weights: float32 [b, t], 1 where there is a target, else 0; all tokens weigh the same (arXiv 2309.02591 §2.2)
+        unless `weight` says otherwise.
       positions: int32 [b, t] from 0; with isolate they count from each document's start and go on in its moved spans.
         With packing.picture they are fixed places (`objectives.places`).
       segments: int32 [b, t], 0 for padding, else 1, or with isolate 1, 2, ... by document.
-      modality: int8 [b, t] of the target: TEXT 0, IMAGE 1, INFILL 2 (text or code of a moved span), OTHER 3.
+      modality: int8 [b, t] of the target: TEXT 0, IMAGE 1, INFILL 2 (text or code of a moved span), OTHER 3; RETRIEVED,
+        4, more in a retrieved document.
     """
     shape = (len(rows), packing.length)
     ids, segments, moved = np.full(shape, PAD, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for i, (row_ids, row_segments, row_moved, _) in enumerate(rows):
+    retrieved = np.zeros(shape, bool)
+    for i, (row_ids, row_segments, row_moved, _, row_retrieved) in enumerate(rows):
         n = len(row_ids)
-        ids[i, :n], segments[i, :n], moved[i, :n] = row_ids, row_segments, row_moved
+        ids[i, :n], segments[i, :n], moved[i, :n], retrieved[i, :n] = row_ids, row_segments, row_moved, row_retrieved
     positions, following = order(segments, packing.isolate)
     if packing.picture:
-        for place, (row_ids, row_segments, _, hidden) in zip(positions, rows, strict=True):
+        for place, (row_ids, row_segments, _, hidden, row_retrieved) in zip(positions, rows, strict=True):
             first = packing.length - packing.picture
-            place[: len(row_ids)] = places.places(row_ids, hidden, vocab, first, row_segments)
+            place[: len(row_ids)] = places.places(
+                row_ids, hidden, vocab, first, row_segments, row_retrieved, packing.picture
+            )
     has_target = following >= 0
     targets = np.where(has_target, np.take_along_axis(ids, following, 1), PAD).astype(np.int32)
-    kind = modality(ids, moved, vocab)
+    kind = modality(ids, moved, vocab) + np.int8(RETRIEVED) * retrieved
+    kind = np.where(has_target, np.take_along_axis(kind, following, 1), OTHER).astype(np.int8)
     return {
         "inputs": ids,
         "targets": targets,
-        "weights": has_target.astype(np.float32),
+        "weights": np.where(kind >= RETRIEVED, weight, has_target).astype(np.float32),
         "positions": positions,
         "segments": segments,
-        "modality": np.where(has_target, np.take_along_axis(kind, following, 1), OTHER).astype(np.int8),
+        "modality": kind,
     }
 
 

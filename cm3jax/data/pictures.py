@@ -17,6 +17,7 @@ FORMATS = sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"
 MAX_PIXELS = 2**27  # 134 Mpx, 400 MB of RGB: more is taken for a decompression bomb
 MAX_BYTES = 2**28
 MAX_WORK = 2**32  # pixels times scans: a progressive JPEG may go over its pixels hundreds of times, for minutes
+LONGEST = 32  # `square` makes the whole long side: of a strip of 1 x 100000, gigabytes
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 # What Pillow's plugins raise on broken files; found by fuzzing (tests/test_bad_inputs.py).
 BROKEN = (
@@ -134,3 +135,22 @@ def crop_region(region: Region, width: int, height: int) -> Region | None:
     if across[0] >= across[1] or down[0] >= down[1]:
         return None
     return Region(region.part, region.kind, (across[0], down[0], across[1], down[1]), region.label)
+
+
+def square(pixels: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
+    """Resize the shorter side to `side`, bicubic, and crop the centre, as CLIP's public code does (arXiv 2103.00020).
+
+    The ends of a strip over `LONGEST` times longer than wide are cut off first.
+    """
+    height, width = pixels.shape[:2]
+    if height == width == side:
+        return pixels
+    most = LONGEST * min(height, width)
+    if max(height, width) > most:
+        top, left = max(0, (height - most) // 2), max(0, (width - most) // 2)
+        pixels = pixels[top : top + most, left : left + most]
+        height, width = pixels.shape[:2]
+    resized = [side * n // min(height, width) for n in (width, height)]
+    whole = np.asarray(Image.fromarray(pixels).resize(resized, Image.Resampling.BICUBIC))
+    left, top = ((n - side) // 2 for n in resized)
+    return np.array(whole[top : top + side, left : left + side])

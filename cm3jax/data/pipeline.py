@@ -7,6 +7,7 @@ and `fingerprint`. Imports no jax.
 """
 
 import collections
+import dataclasses
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 
 import cm3jax.config as configs
 from cm3jax.config import DecoderStage, Mask
-from cm3jax.data import mixing, packing
+from cm3jax.data import mixing, packing, retrieved
 from cm3jax.data.tokens import Tokens
 from cm3jax.objectives import causal_mask
 from cm3jax.tokenizers import document
@@ -31,30 +32,36 @@ Batch = dict[str, np.ndarray]
 class Epochs:
     """The plans of all epochs, each computed when first asked for."""
 
-    def __init__(self, lengths: np.ndarray, seed: int, settings: configs.Packing, mix=None):
-        self._arguments = (lengths, seed, settings, mix)
+    def __init__(self, tokens: Tokens, seed: int, settings: configs.Packing):
+        self._arguments = (tokens, seed, settings)
         # every epoch has as many rows as the first
-        self._same = mix is None and (settings.kind == "chop" or settings.documents == 1)
+        cut = settings.kind == "chop" and not isinstance(tokens, retrieved.Retrieving)
+        self._same = tokens.mix is None and (cut or settings.documents == 1)
         self._lock, self._plans, self._starts = threading.Lock(), {}, [0]
 
     def plan(self, epoch: int) -> packing.Plan:
-        """Return the plan of an epoch; the two last made are kept, since a batch may straddle two epochs."""
+        """Return the plan of an epoch."""
+        return self._planned(epoch)[0]
+
+    def _planned(self, epoch: int) -> tuple[packing.Plan, Tokens]:
+        """Return plan and documents of an epoch; the two last made are kept, since a batch may straddle two epochs."""
         if epoch not in self._plans:
-            lengths, seed, settings, mix = self._arguments
-            plan = packing.plan(lengths, seed, epoch, settings, mix)
-            self._plans = dict([*self._plans.items()][-1:]) | {epoch: plan}
+            tokens, seed, settings = self._arguments
+            shown = tokens.at(seed, epoch)
+            plan = packing.plan(shown.lengths, seed, epoch, settings, tokens.mix)
+            self._plans = dict([*self._plans.items()][-1:]) | {epoch: (plan, shown)}
         return self._plans[epoch]
 
-    def locate(self, g: int) -> tuple[packing.Plan, int, int]:
-        """Return (plan, epoch, row in the epoch) of row g of the run."""
+    def locate(self, g: int) -> tuple[tuple[packing.Plan, Tokens], int, int]:
+        """Return ((plan, documents), epoch, row in the epoch) of row g of the run."""
         with self._lock:
             if self._same:
                 epoch, r = divmod(g, self._rows(0))
-                return self.plan(epoch), epoch, r
+                return self._planned(epoch), epoch, r
             while g >= self._starts[-1]:
                 self._starts.append(self._starts[-1] + len(self.plan(len(self._starts) - 1)))
             epoch = int(np.searchsorted(self._starts, g, "right")) - 1
-            return self.plan(epoch), epoch, g - self._starts[epoch]
+            return self._planned(epoch), epoch, g - self._starts[epoch]
 
     def _rows(self, epoch: int) -> int:
         if len(self._starts) == 1:
@@ -74,7 +81,7 @@ class Batches:
     ):
         self._arguments = (tokens, stage, vocab, process_index, process_count)
         self.share = share(stage, process_count)
-        self.epochs = Epochs(tokens.lengths, stage.training.seed, stage.packing, tokens.mix)
+        self.epochs = Epochs(tokens, stage.training.seed, stage.packing)
         self.epochs.locate(0)  # a plan that cannot be made fails here, not in a thread
 
     def __reduce__(self):
@@ -84,20 +91,22 @@ class Batches:
         """Return the batch of `step` (see `packing.arrays`)."""
         _, stage, vocab, process_index, _ = self._arguments
         start = step * stage.training.batch + process_index * self.share
-        return packing.arrays([self.row(g) for g in range(start, start + self.share)], vocab, stage.packing)
+        rows = [self.row(g) for g in range(start, start + self.share)]
+        return packing.arrays(rows, vocab, stage.packing, stage.retrieved.weight)
 
     def row(self, g: int) -> packing.Row:
         """Return row g of the run, masked."""
         _, stage, vocab, _, _ = self._arguments
-        return packing.masked(*self.unmasked(g), vocab, stage.packing)
+        ids, owner, spans, shown = self.unmasked(g)
+        return packing.masked(ids, owner, spans, vocab, stage.packing, shown)
 
-    def unmasked(self, g: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return row g of the run before masking: ids [t], document numbers [t], spans [n, 2]."""
-        tokens, stage, vocab, _, _ = self._arguments
-        plan, epoch, r = self.epochs.locate(g)
-        ids, owner = packing.read(plan, r, tokens, stage.packing)
+    def unmasked(self, g: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return row g before masking: ids [t], document numbers [t], spans [n, 2], which ids are retrieved [t]."""
+        _, stage, vocab, _, _ = self._arguments
+        (plan, tokens), epoch, r = self.epochs.locate(g)
+        ids, owner, shown = packing.read(plan, r, tokens, stage.packing)
         rng = packing.stream(stage.training.seed, "mask", epoch, r)
-        return ids, owner, packing.draw_spans(ids, vocab, stage.mask, stage.packing, rng)
+        return ids, owner, packing.draw_spans(ids, vocab, stage.mask, stage.packing, rng), shown
 
 
 def share(stage: DecoderStage, process_count: int) -> int:
@@ -115,17 +124,21 @@ def batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    source: retrieved.Source | None = None,
 ) -> Iterator[Batch]:
     """Yield this host's share of the batches from `start_step` on, without end (see `packing.arrays`).
 
     If the stage has a mixture, the folder's documents are mixed with those of its sets.
+
+    Args:
+      source: Where retrieved documents come from; None: nowhere.
 
     The iterator has a `close()` that stops its threads or processes.
 
     Raises:
       UserError: if the split is missing or broken, no row can be filled, or the batch does not divide over the hosts.
     """
-    make = Batches(mixing.open(folder, split, stage.mixture), stage, vocab, process_index, process_count)
+    make = Batches(mixing.open(folder, split, stage, source), stage, vocab, process_index, process_count)
     return iter(iterate(grain.MapDataset.range(start_step, FOREVER).map(make), stage.training.workers))
 
 
@@ -139,6 +152,12 @@ def iterate(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
     return dataset.to_iter_dataset(options).mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
 
 
+def read(reader, first: int, stop: int, workers: int = 0) -> Iterator:
+    """Yield items `first` .. `stop` - 1 of anything with random access, read ahead, in order."""
+    dataset = grain.MapDataset.range(first, stop).map(reader.__getitem__)
+    return iter(iterate(dataset, workers))
+
+
 def eval_batches(
     folder,
     split: str,
@@ -147,60 +166,80 @@ def eval_batches(
     masked: bool = True,
     process_index: int = 0,
     process_count: int = 1,
+    source: retrieved.Source | None = None,
 ) -> Iterator[Batch]:
     """Yield the same batches at every call: at most `training.evaluate_batches`, every row at most once.
 
-    Order and masks come from `eval_mask_seed`. Rows that the split does not fill are padding, weight 0.
+    Order, masks and retrieved documents come from `eval_mask_seed`. Rows that the split does not fill are padding,
+    weight 0. A mixture's other sets play no part.
 
     Args:
       masked: False leaves the rows causal, for perplexity by modality.
+      source: Where retrieved documents come from; None: nowhere.
     """
-    tokens, mine = Tokens(folder, split), share(stage, process_count)
+    alone, mine = dataclasses.replace(stage, mixture=configs.Mixture()), share(stage, process_count)
+    tokens = mixing.open(folder, split, alone, source).at(stage.eval_mask_seed, 0)
     plan = packing.plan(tokens.lengths, stage.eval_mask_seed, 0, stage.packing)
     mask = stage.mask if masked else Mask(spans=0.0)
 
     def row(r: int) -> packing.Row:
         if r >= len(plan):
-            return np.zeros(0, np.uint16), np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64)
-        ids, owner = packing.read(plan, r, tokens, stage.packing)
+            return packing.EMPTY
+        ids, owner, shown = packing.read(plan, r, tokens, stage.packing)
         rng = packing.stream(stage.eval_mask_seed, "evaluate", 0, r)
         spans = packing.draw_spans(ids, vocab, mask, stage.packing, rng)
-        return packing.masked(ids, owner, spans, vocab, stage.packing)
+        return packing.masked(ids, owner, spans, vocab, stage.packing, shown)
 
     batch = stage.training.batch
     for start in range(0, min(len(plan), batch * stage.training.evaluate_batches), batch):
         first = start + process_index * mine  # every host gives as many batches as the others
-        yield packing.arrays([row(r) for r in range(first, first + mine)], vocab, stage.packing)
+        rows = [row(r) for r in range(first, first + mine)]
+        yield packing.arrays(rows, vocab, stage.packing, stage.retrieved.weight)
 
 
 # ------------------------------------------------------------------------------------------------------- what is in it
 
 
 def fingerprint(tokens: Tokens, stage: DecoderStage, vocab: Vocab) -> str:
-    """Return 16 hex digits that identify all batches of a run: documents, packing, masks, batch and seed."""
+    """Return 16 hex digits that identify all batches: documents, what is retrieved, packing, masks, batch and seed."""
     lengths = hashlib.sha256(tokens.lengths.astype("<i4").tobytes()).hexdigest()
-    mixed = [tokens.mix] if tokens.mix else []
-    return configs.digest(lengths, stage.packing, stage.mask, vocab, stage.training.batch, stage.training.seed, *mixed)
+    more = [tokens.mix] if tokens.mix else []
+    if own := retrieving(tokens):
+        more += [own.fingerprint(), stage.retrieved]
+    return configs.digest(lengths, stage.packing, stage.mask, vocab, stage.training.batch, stage.training.seed, *more)
+
+
+def retrieving(tokens: Tokens) -> retrieved.Retrieving | None:
+    """Return the set, of one or of a mixture, for whose documents others are retrieved."""
+    sets = tokens.sets if isinstance(tokens, mixing.Mixed) else [tokens]
+    return next((one for one in sets if isinstance(one, retrieved.Retrieving)), None)
 
 
 def describe(tokens: Tokens, stage: DecoderStage) -> dict[str, int | float]:
     """Return counts of the first epoch, for the log.
 
     Returns:
-      documents, tokens: Of the split, without [eod]s.
+      documents, tokens: Of the split, without [eod]s and retrieved documents.
       rows: Of the epoch.
       too_long: Documents that no row holds and that are left out (packing whole).
       filled: Share of the rows' slots that are not padding, before the mask adds its markers.
+      retrieved: Documents that are shown before the split's, if all of those are shown once.
+      given_up: Retrieved documents for which a row had no room (packing whole).
     """
-    plan = packing.plan(tokens.lengths, stage.training.seed, 0, stage.packing, tokens.mix)
-    used = tokens.lengths[plan.documents].sum(dtype=np.int64) + packing.frame(stage.packing) * len(plan.documents)
+    shown = tokens.at(stage.training.seed, 0)
+    plan = packing.plan(shown.lengths, stage.training.seed, 0, stage.packing, tokens.mix)
+    used = shown.lengths[plan.documents].sum(dtype=np.int64) + packing.frame(stage.packing) * len(plan.documents)
     slots = len(plan) * stage.packing.length
+    own = retrieving(tokens)
+    found = own.at(stage.training.seed, 0) if own else None
     return {
         "documents": len(tokens),
         "tokens": int(tokens.lengths.sum(dtype=np.int64)),
         "rows": len(plan),
         "too_long": plan.too_long,
         "filled": 1.0 if stage.packing.kind == "chop" else float(used / slots),
+        "retrieved": found.retrieved if found else 0,
+        "given_up": found.given_up if found else 0,
     }
 
 
@@ -215,7 +254,7 @@ def prompt_frequencies(
     """
     make, counts = Batches(tokens, stage, vocab), collections.Counter()
     for g in range(rows):
-        ids, _, spans = make.unmasked(g)
+        ids, _, spans, _ = make.unmasked(g)
         spans, keep = causal_mask.fit(spans, len(ids), stage.packing.length)
         whole = literal and not stage.packing.isolate
         views = [causal_mask.mask(ids[:keep], spans, vocab)] if whole else alone(ids[:keep], spans, vocab)

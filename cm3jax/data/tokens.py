@@ -5,6 +5,7 @@ A shard is three .npy files: `{split}-00000-of-00004.ids.npy` (uint16, all docum
 [eod]s. The ids file is renamed into place last, so a shard that has one is whole. Imports no jax.
 """
 
+import itertools
 import pathlib
 import re
 from collections.abc import Iterable
@@ -112,6 +113,56 @@ class Tokens:
     def keys(self) -> list[str]:
         """Return the record key of every document."""
         return [k.decode() for base in self._bases for k in load(base, "keys").tolist()]
+
+    @property
+    def total(self) -> int:
+        """Tokens of an epoch, retrieved documents included (with those, about)."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def at(self, seed: int, epoch: int) -> "Tokens":
+        """Return the documents as an epoch shows them: these, or longer ones with retrieved documents before."""
+        return self
+
+    def before(self, i: int) -> int:
+        """Return how many of document i's ids are those of documents retrieved for it, which stand first."""
+        return 0
+
+
+class Chain(Tokens):
+    """Several sets end to end: documents are numbered through all of them.
+
+    Attributes:
+      sets: `Tokens` each.
+    """
+
+    def __init__(self, sets: list[Tokens]):
+        self.sets, self.folder, self.split = sets, sets[0].folder, sets[0].split
+        self.lengths = np.concatenate([one.lengths for one in sets])
+        self._first = np.cumsum([0] + [len(one) for one in sets])
+
+    def __reduce__(self):
+        return Chain, (self.sets,)
+
+    def _find(self, i: int) -> tuple[Tokens, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i}: the {len(self.sets)} sets have {len(self)}")
+        k = int(np.searchsorted(self._first, i, "right")) - 1
+        return self.sets[k], i - int(self._first[k])
+
+    def read(self, i: int, start: int, end: int) -> np.ndarray:
+        one, own = self._find(i)
+        return one.read(own, start, end)
+
+    def keys(self) -> list[str]:
+        return list(itertools.chain.from_iterable(one.keys() for one in self.sets))
+
+    @property
+    def total(self) -> int:
+        return sum(one.total for one in self.sets)
+
+    def before(self, i: int) -> int:
+        one, own = self._find(i)
+        return one.before(own)
 
 
 def load(base: pathlib.Path, kind: str, mmap: bool = False) -> np.ndarray:

@@ -10,6 +10,7 @@ import math
 import pathlib
 from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,11 +18,11 @@ from PIL import Image
 
 from cm3jax import checkpoint
 from cm3jax import config as configs
-from cm3jax.data import encode, pipeline, scenes, shards, tokens
+from cm3jax.data import encode, pipeline, retrieved, scenes, shards, tokens
 from cm3jax.data.scenes_world import Scene, from_json
 from cm3jax.evaluate import pictures as closeness
 from cm3jax.evaluate import scenes as judges
-from cm3jax.sample import generate
+from cm3jax.sample import generate, recall
 from cm3jax.train import lm
 from cm3jax.types import UserError
 
@@ -45,6 +46,10 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def __getitem__(self, rows: slice) -> "Pairs":
+        truths = None if self.truths is None else self.truths[rows]
+        return dataclasses.replace(self, captions=self.captions[rows], pictures=self.pictures[rows], truths=truths)
 
     def pictured(self, pictures: np.ndarray) -> list[judges.Score]:
         """Judge pictures that should show what the captions say."""
@@ -88,8 +93,8 @@ def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) ->
     step = min(losses, key=losses.get) if losses else None
     if losses:
         say(f"evaluate: checkpoint {step}, of {', '.join(f'{s} (validation loss {x:.4f})' for s, x in losses.items())}")
-    generator = generate.load(run, batch=settings.batch, step=step)
-    scores, examples = score(recipe, generator, measure, splits, say)
+    artist = Artist(generate.load(run, batch=settings.batch, step=step), settings, remembered(recipe, run))
+    scores, examples = score(recipe, artist, measure, splits, say)
     scores["protocol"]["checkpoint"] = {
         "step": step or checkpoint.steps(run / "decoder")[-1],
         "validation_loss": losses,
@@ -98,12 +103,65 @@ def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) ->
     return scores
 
 
+def remembered(recipe: configs.Recipe, run: pathlib.Path):
+    """Return the run's memory; None if its recipe has none."""
+    from cm3jax.retrieval import memory
+
+    return memory.load(run, recipe.evaluate.batch) if recipe.retrieve else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Artist:
+    """A generator with the settings of an evaluation, and perhaps a memory.
+
+    Attributes:
+      memory: A `retrieval.memory.Memory`; None: nothing is retrieved.
+    """
+
+    generator: generate.Generator
+    settings: configs.Evaluate
+    memory: Any = None
+
+    @property
+    def documents(self) -> tuple[int, ...]:
+        """Numbers of documents to show."""
+        return self.settings.documents if self.memory else (0,)
+
+    def draw(self, split: Pairs, sampling: configs.Sampling, documents: int, most: int | None = None):
+        """Return pictures for the first `most` captions of a split, and the documents shown before each."""
+        encoder = self.memory.encoder if self.settings.candidates > 1 else None
+        arguments = self.memory, documents, encoder, self.settings.candidates
+        return recall.draw(self.generator, split.captions[:most], self.settings.seed, sampling, *arguments)
+
+    def write(self, split: Pairs, codes: np.ndarray, documents: int, most: int | None = None):
+        """Return captions for the first `most` pictures of a split, and the documents shown before each."""
+        settings, shown = self.settings, split.pictures[:most]
+        arguments = settings.seed, settings.write, settings.max_text, self.memory, documents, codes[:most]
+        return recall.write(self.generator, shown, *arguments)
+
+    def described(self, found: recall.Documents) -> list[list[dict]]:
+        """Return what an example tells of the documents shown before each."""
+        return [
+            [
+                {"key": f"{one.split}/{one.key}", "score": one.score, "license": one.license}
+                | dict(zip(("caption", "picture"), first(self.memory.record(one)), strict=True))
+                for one in row
+            ]
+            for row in found
+        ]
+
+
+def first(record) -> tuple[str | None, np.ndarray | None]:
+    """Return the first text and the first picture of a record; None for what it lacks."""
+    text = next((part for part in record.parts if isinstance(part, str)), None)
+    return text, next((part for part in record.parts if encode.is_picture(part)), None)
+
+
 def pairs(prepared, split: str, most: int) -> Pairs:
     """Return the first pairs of a split; records without both a text and a picture are passed over."""
     captions, pictures, truths, level = [], [], [], ""
     for record in shards.Reader(prepared, split):
-        text = next((part for part in record.parts if isinstance(part, str)), None)
-        picture = next((part for part in record.parts if encode.is_picture(part)), None)
+        text, picture = first(record)
         if text is None or picture is None:
             continue
         captions.append(text)
@@ -117,9 +175,9 @@ def pairs(prepared, split: str, most: int) -> Pairs:
     return Pairs(captions, stacked, truths, level) if truths else Pairs(captions, stacked)
 
 
-def score(recipe, generator, measure, splits: dict[str, Pairs], say) -> tuple[dict, dict]:
+def score(recipe, artist: Artist, measure, splits: dict[str, Pairs], say) -> tuple[dict, dict]:
     """Return (scores, examples): the figures by task, and the first test examples with their pictures."""
-    test = splits["test"]
+    test, generator = splits["test"], artist.generator
     codes = {name: generator.encode(split.pictures) for name, split in splits.items()}
     examples, scores = {}, {"name": recipe.name, "source": recipe.prepare.source, "protocol": protocol(recipe, splits)}
 
@@ -130,23 +188,33 @@ def score(recipe, generator, measure, splits: dict[str, Pairs], say) -> tuple[di
         {"original": a, "picture": b} for a, b in zip(test.pictures, rebuilt[: recipe.evaluate.sheet], strict=False)
     ]
     say("evaluate: text to image")
-    scores["text_to_image"], drawn, right, chosen = text_to_image(recipe.evaluate, generator, splits)
+    scores["text_to_image"], drawn, found, right, chosen = text_to_image(artist, splits)
     examples["text_to_image"] = [
         {"caption": c, "picture": p, "correct": r} for c, p, r in zip(test.captions, drawn, right, strict=True)
     ]
+    sheet = recipe.evaluate.sheet
+    shown(examples["text_to_image"], artist.described(found[:sheet]))
     say("evaluate: image to text")
-    scores["image_to_text"], written, right = image_to_text(recipe.evaluate, generator, splits, codes)
+    scores["image_to_text"], written, found, right = image_to_text(artist, splits, codes)
     examples["image_to_text"] = [
         {"picture": p, "caption": c, "asked": a, "correct": r}
         for p, c, a, r in zip(test.pictures, written, test.captions, right, strict=True)
     ]
+    shown(examples["image_to_text"], artist.described(found[:sheet]))
     say("evaluate: infilling")
     scores["infill"], examples["infill"] = infill(recipe.evaluate, generator, splits, codes, chosen)
     say("evaluate: perplexity")
     scores["perplexity"] = perplexity(measure, generator.params, "test")
     if "validation" in splits:
         scores["perplexity"]["validation"] = perplexity(measure, generator.params, "validation")
-    return scores, {name: rows[: recipe.evaluate.sheet] for name, rows in examples.items()}
+    return scores, {name: rows[:sheet] for name, rows in examples.items()}
+
+
+def shown(examples: list[dict], documents: list[list[dict]]) -> None:
+    """Add to examples the documents that were shown before them, where there are any."""
+    for example, found in zip(examples, documents, strict=False):
+        if found:
+            example["documents"] = found
 
 
 def protocol(recipe, splits) -> dict:
@@ -181,48 +249,101 @@ def reconstruction(test: Pairs, rebuilt, codes, size: int) -> dict:
     return found | accuracy(test.pictured(rebuilt) if test.level else [])
 
 
-def text_to_image(settings: configs.Evaluate, generator, splits):
-    """Return (scores, the test pictures of the chosen setting, which of them are right, that setting).
+@dataclasses.dataclass(frozen=True)
+class Try:
+    """What a setting gave.
 
-    Without ground truth nothing can be chosen, and the first setting draws.
+    Attributes:
+      row: Its figures: validation (object accuracy) and those of the test split.
+      answers: To the test split's captions or pictures, and `documents` shown before each.
+      judged: The answers, where there is ground truth.
     """
 
-    def draw(name, sampling, most=None):
-        return generator.text_to_image(splits[name].captions[:most], seed=settings.seed, sampling=sampling)
-
-    test = splits["test"]
-    if not test.level:
-        scores = {"samples": len(test), "sampling": configs.to_json(settings.draw[0])}
-        return scores, draw("test", settings.draw[0]), test.correct([]), settings.draw[0]
-    rows, pictures, found = [], [], []
-    for sampling in settings.draw:
-        row = {"sampling": configs.to_json(sampling)}
-        if "validation" in splits:
-            drawn = draw("validation", sampling, settings.validation_samples)
-            row["validation"] = accuracy(splits["validation"].pictured(drawn))["object_accuracy"]
-        pictures.append(draw("test", sampling))
-        found.append(test.pictured(pictures[-1]))
-        rows.append(row | accuracy(found[-1]))
-    best = max(range(len(rows)), key=lambda i: rows[i].get("validation", 0.0))
-    chosen = settings.draw[best]
-    scores = accuracy(found[best]) | {"samples": len(test), "sampling": configs.to_json(chosen), "settings": rows}
-    if "composition" in splits:
-        scores["composition"] = accuracy(splits["composition"].pictured(draw("composition", chosen)))
-    return scores, pictures[best], test.correct(found[best]), chosen
+    row: dict
+    answers: Any
+    documents: recall.Documents
+    judged: list[judges.Score]
 
 
-def image_to_text(settings: configs.Evaluate, generator, splits, codes):
-    """Return (scores, the captions written for the test pictures, which of them are right)."""
+def best(tries: list[Try]) -> int:
+    """Return the number of the one that was best on the validation split; the first where nothing tells."""
+    return max(range(len(tries)), key=lambda i: tries[i].row.get("validation", 0.0))
 
-    def write(name):
-        return generator.image_to_text(codes[name], settings.seed, settings.write, settings.max_text)
 
-    test, written = splits["test"], write("test")
-    found = test.described(written) if test.level else []
-    scores = accuracy(found) | {"samples": len(test), "sampling": configs.to_json(settings.write)}
-    if test.level and "composition" in splits:
-        scores["composition"] = accuracy(splits["composition"].described(write("composition")))
-    return scores, written, test.correct(found)
+def attempt(answer, judge, splits, samples: int, row: dict) -> Try:
+    """Return what answer(split's name, how many) gives, by judge(split's name, answers)."""
+    answers, documents = answer("test", None)
+    if not splits["test"].level:
+        return Try(row, answers, documents, [])
+    if samples and "validation" in splits:
+        row |= {"validation": accuracy(judge("validation", answer("validation", samples)[0]))["object_accuracy"]}
+    judged = judge("test", answers)
+    return Try(row | accuracy(judged), answers, documents, judged)
+
+
+def composed(answer, judge, splits) -> dict:
+    """Return the figures of the composition split, if there is one that can be judged."""
+    if not splits["test"].level or "composition" not in splits:
+        return {}
+    return {"composition": accuracy(judge("composition", answer("composition", None)[0]))}
+
+
+def text_to_image(artist: Artist, splits):
+    """Return (scores, the test pictures of the chosen setting, documents shown, which are right, that setting).
+
+    How to draw is chosen with the most documents, then how many of them, both on the validation split. Without ground
+    truth nothing can be chosen, and the first setting draws, with the most documents.
+    """
+    settings, test, most = artist.settings, splits["test"], max(artist.documents)
+
+    def judge(name, pictures):
+        return splits[name].pictured(pictures)
+
+    def answers(sampling, documents: int):
+        return lambda name, count: artist.draw(splits[name], sampling, documents, count)
+
+    def attempted(sampling, documents: int, row: dict) -> Try:
+        return attempt(answers(sampling, documents), judge, splits, settings.validation_samples, row)
+
+    candidates = settings.draw if test.level else settings.draw[:1]
+    tries = [attempted(sampling, most, {"sampling": configs.to_json(sampling)}) for sampling in candidates]
+    first, sampling = tries[best(tries)], candidates[best(tries)]
+    scores = {"settings": [one.row for one in tries]} if test.level else {}
+    tries = []
+    for n in artist.documents if test.level else (most,):
+        one = first if n == most else attempted(sampling, n, {})
+        figures = {name: value for name, value in one.row.items() if name != "sampling"}
+        row = {"documents": n} | figures | composed(answers(sampling, n), judge, splits)
+        tries.append(dataclasses.replace(one, row=row))
+    return *finished(artist, tries, scores, len(test), sampling), test.correct(tries[best(tries)].judged), sampling
+
+
+def image_to_text(artist: Artist, splits, codes):
+    """Return (scores, the captions written for the test pictures, documents shown, which of them are right)."""
+    settings, test = artist.settings, splits["test"]
+
+    def judge(name, texts):
+        return splits[name][: len(texts)].described(texts)
+
+    def attempted(documents: int) -> Try:
+        answer = lambda name, count: artist.write(splits[name], codes[name], documents, count)  # noqa: E731
+        samples = settings.validation_samples if artist.memory else 0  # else there is nothing to choose
+        one = attempt(answer, judge, splits, samples, {"documents": documents})
+        return dataclasses.replace(one, row=one.row | composed(answer, judge, splits))
+
+    tries = [attempted(n) for n in (artist.documents if test.level else (max(artist.documents),))]
+    return *finished(artist, tries, {}, len(test), settings.write), test.correct(tries[best(tries)].judged)
+
+
+def finished(artist: Artist, tries: list[Try], scores: dict, samples: int, sampling):
+    """Return (scores, answers, documents) of the best of tries with different numbers of documents."""
+    chosen = tries[best(tries)]
+    figures = {name: value for name, value in chosen.row.items() if name not in ("documents", "validation")}
+    scores = figures | {"samples": samples, "sampling": configs.to_json(sampling)} | scores
+    if artist.memory:
+        scores |= {"documents": chosen.row["documents"], "by_documents": [one.row for one in tries]}
+        scores["candidates"] = artist.settings.candidates
+    return scores, chosen.answers, chosen.documents
 
 
 def infill(settings: configs.Evaluate, generator, splits, codes, sampling) -> tuple[dict, list[dict]]:
@@ -273,7 +394,7 @@ def hide(picture: np.ndarray, box) -> np.ndarray:
 
 def held_out(recipe: configs.Recipe, run: pathlib.Path) -> Callable[..., dict[str, tuple[float, float]]]:
     """Return f(params, split, masked) -> {metric: (Σ w·nll, Σ w)} over the first rows of a split's tokens."""
-    stage = recipe.decoder
+    stage, source = recipe.decoder, retrieved.source(recipe, run)
     batches = math.ceil(recipe.evaluate.samples / stage.training.batch)
     stage = dataclasses.replace(stage, training=dataclasses.replace(stage.training, evaluate_batches=batches))
     net = lm.model(stage, recipe.vocab)
@@ -281,7 +402,7 @@ def held_out(recipe: configs.Recipe, run: pathlib.Path) -> Callable[..., dict[st
 
     def measure(params, split: str, masked: bool):
         totals = None
-        for batch in pipeline.eval_batches(run / "tokens", split, stage, recipe.vocab, masked):
+        for batch in pipeline.eval_batches(run / "tokens", split, stage, recipe.vocab, masked, source=source):
             metrics = step(params, jax.tree.map(jax.numpy.asarray, batch))
             totals = metrics if totals is None else jax.tree.map(np.add, totals, metrics)
         return {name: (float(total), float(weight)) for name, (total, weight) in (totals or {}).items()}
@@ -324,14 +445,17 @@ def finite(x) -> float | None:
 def save(folder: pathlib.Path, scores: dict, examples: dict[str, list[dict]]) -> None:
     """Write scores.json and examples.json; a picture in an example becomes a PNG file and its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    out = {}
-    for task, rows in examples.items():
-        out[task] = []
-        for i, row in enumerate(rows):
-            out[task].append(row := dict(row))
-            for key, value in row.items():
-                if isinstance(value, np.ndarray):
-                    row[key] = f"{task}-{i:03d}-{key}.png"
-                    Image.fromarray(value).save(folder / row[key])
+
+    def filed(value, name: str):
+        if isinstance(value, np.ndarray):
+            Image.fromarray(value).save(folder / f"{name}.png")
+            return f"{name}.png"
+        if isinstance(value, dict):
+            return {key: filed(inner, f"{name}-{key}") for key, inner in value.items()}
+        if isinstance(value, list):
+            return [filed(inner, f"{name}-{i:03d}") for i, inner in enumerate(value)]
+        return value
+
+    out = {task: filed(rows, task) for task, rows in examples.items()}
     (folder / "examples.json").write_text(json.dumps(out, indent=1) + "\n")
     (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")

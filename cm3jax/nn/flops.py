@@ -1,4 +1,4 @@
-"""Floating-point operations of the decoder in closed form: XLA's own count sees a scanned layer once."""
+"""Floating-point operations of decoder and retriever in closed form: XLA's own count sees a scanned layer once."""
 
 from cm3jax import config as configs
 
@@ -32,3 +32,17 @@ def matrices(config: configs.Decoder) -> int:
 def scores(config: configs.Decoder, seen: float | int) -> float | int:
     """Return the FLOPs of one token's attention to `seen` tokens in one layer, forward: q·k and p·v."""
     return 4 * seen * config.heads * config.head_width
+
+
+def contrastive(config: configs.CLIP, rows: int) -> float:
+    """Return the model FLOPs of one training step of the retriever over `rows` pairs, counted as in `step`."""
+    places = (config.resolution // config.patch) ** 2
+    first = 2 * places * 3 * config.patch**2 * config.vision_width
+    vision = tower(places + 1, config.vision_width, config.vision_layers, config.size, places + 1)
+    text = tower(config.context, config.text_width, config.text_layers, config.size, (config.context + 1) / 2)
+    return 3.0 * rows * (first + vision + text + 2 * rows * config.size)
+
+
+def tower(length: int, width: int, depth: int, size: int, seen: float | int) -> float | int:
+    """Return the forward FLOPs of a row's way through one of CLIP's towers, each token of which sees `seen`."""
+    return depth * length * (2 * 12 * width**2 + 4 * seen * width) + 2 * width * size

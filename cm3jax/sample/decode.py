@@ -92,11 +92,21 @@ def settings(sampling: configs.Sampling, rows: np.ndarray) -> Settings:
     )
 
 
-def pad(prompts: list[list[np.ndarray]], length: int, hidden=None, vocab=None, first: int | None = None) -> Prompts:
+def pad(
+    prompts: list[list[np.ndarray]],
+    length: int,
+    hidden=None,
+    vocab=None,
+    first: int | None = None,
+    retrieved=None,
+    picture: int = 0,
+) -> Prompts:
     """Return prompts[stream][row] as arrays of `length` columns.
 
     Args:
-      hidden, vocab, first: As in `objectives.places`, hidden[stream][row]; first None: positions count through the row.
+      hidden, vocab, first, picture: As in `objectives.places`, hidden[stream][row]; first None: positions count through
+        the row.
+      retrieved: Of each row, how many ids behind the first are those of retrieved documents; None: there are none.
     """
     ids = np.full((len(prompts), len(prompts[0]), length), vocabulary.PAD, np.int32)
     positions, following = np.zeros_like(ids), np.zeros((*ids.shape[:2], 2), np.int32)
@@ -105,7 +115,9 @@ def pad(prompts: list[list[np.ndarray]], length: int, hidden=None, vocab=None, f
             at, n = np.s_[i, j, length - len(prompt) :], len(prompt)
             ids[at], positions[at], following[i, j] = prompt, np.arange(n), n
             if first is not None:
-                positions[at] = place = places.places(prompt, hidden[i][j], vocab, first)
+                inside = (np.arange(n) > 0) & (np.arange(n) <= (retrieved[j] if retrieved else 0))
+                place = places.places(prompt, hidden[i][j], vocab, first, None, inside, picture)
+                positions[at] = place
                 following[i, j] = places.following(prompt, place, hidden[i][j], vocab, first)
     lengths = np.array([[len(p) for p in stream] for stream in prompts], np.int32)
     return Prompts(ids, lengths, positions, following, np.int32(-1 if first is None else first))

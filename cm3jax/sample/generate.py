@@ -5,6 +5,9 @@
 
 Row i of a call draws from the stream (seed, i): the same seed and place give the same answer whatever else is in the
 batch and however large it is (up to the rounding of matrix products of other shapes).
+
+Every prompt may have documents that were retrieved for it (arXiv 2309.02591 §2.1): `retrieved`, of each prompt a list
+of documents' ids, such as `retrieval.memory` gives. They stand before the prompt, and guidance keeps them.
 """
 
 import dataclasses
@@ -29,6 +32,10 @@ from cm3jax.vocab import Vocab
 
 GREEDY = configs.Sampling(temperature=0.0)
 MASK = "<mask>"
+Retrieved = Sequence[document.Documents]
+"""Of each prompt, the ids of the documents before it."""
+CAPTIONING = 6
+"""Tokens around a picture to caption and its caption: [eod] <sentinel> <break> ... [eod] <sentinel> ... <eoss>."""
 Box = Sequence[int | float]
 """(x0, y0, x1, y1), upper left and lower right: floats are fractions of the square picture, ints its pixels."""
 
@@ -81,14 +88,22 @@ class Generator:
     # ------------------------------------------------------------------------------------------------------- pictures
 
     def text_to_image(
-        self, prompts: Sequence[str], seed: int = 0, sampling: configs.Sampling = configs.Sampling()
+        self,
+        prompts: Sequence[str],
+        seed: int = 0,
+        sampling: configs.Sampling = configs.Sampling(),
+        retrieved: Retrieved | None = None,
     ) -> np.ndarray:
         """Return a picture for each prompt, uint8 [n, h, w, 3].
 
         Raises:
           UserError: if a prompt is too long.
         """
-        found = [document.text_to_image(prompt, self.text, self.vocab) for prompt in prompts]
+        before = _before(prompts, retrieved)
+        found = [
+            document.text_to_image(prompt, self.text, self.vocab, ids)
+            for prompt, ids in zip(prompts, before, strict=True)
+        ]
         drawn = self._codes(found, [self.codes] * len(found), seed, sampling)
         return self.image.decode(np.array(drawn, np.uint16).reshape(-1, self.codes))
 
@@ -99,6 +114,7 @@ class Generator:
         boxes: Sequence[Box],
         seed: int = 0,
         sampling: configs.Sampling = configs.Sampling(),
+        retrieved: Retrieved | None = None,
     ) -> np.ndarray:
         """Return the pictures with what lies in the boxes drawn anew, uint8 [n, h, w, 3].
 
@@ -114,8 +130,10 @@ class Generator:
         """
         _same_length(pictures=pictures, captions=captions, boxes=boxes)
         codes, regions = self.encode(pictures), [self.region(box) for box in boxes]
+        before = _before(captions, retrieved)
         found = [
-            document.infill_image(*row, self.text, self.vocab) for row in zip(captions, codes, regions, strict=True)
+            document.infill_image(*row, self.text, self.vocab, ids)
+            for *row, ids in zip(captions, codes, regions, before, strict=True)
         ]
         drawn = self._codes(found, [len(prompt.known) for prompt in found], seed, sampling)
         for row, region, new in zip(codes, regions, drawn, strict=True):
@@ -146,6 +164,7 @@ class Generator:
         seed: int = 0,
         sampling: configs.Sampling = GREEDY,
         max_text: int = 96,
+        retrieved: Retrieved | None = None,
     ) -> list[str]:
         """Return a caption for each picture.
 
@@ -153,7 +172,8 @@ class Generator:
           pictures: uint8 [h, w, 3] each, cropped to the model's square if need be, or codes uint16 [n].
           max_text: Tokens at most; fewer where the model's row ends before.
         """
-        found = [document.image_to_text(codes, self.vocab) for codes in self.encode(pictures)]
+        rows = zip(self.encode(pictures), _before(pictures, retrieved), strict=True)
+        found = [document.image_to_text(codes, self.vocab, ids) for codes, ids in rows]
         return self._spans(found, seed, sampling, max_text)
 
     def infill_text(
@@ -163,6 +183,7 @@ class Generator:
         seed: int = 0,
         sampling: configs.Sampling = GREEDY,
         max_text: int = 96,
+        retrieved: Retrieved | None = None,
     ) -> list[str]:
         """Return each caption with words in the place of its one "<mask>", such as "a <mask> circle".
 
@@ -178,8 +199,8 @@ class Generator:
                 raise UserError(f"caption {caption!r}: has {caption.count(MASK)} {MASK}; must have exactly one")
         # A blank belongs to the word that follows it, as in the text tokenizer's pieces.
         halves = [tuple(caption.replace(" " + MASK, MASK).split(MASK)) for caption in captions]
-        codes = self.encode(pictures)
-        found = [document.infill_text(*half, c, self.text, self.vocab) for half, c in zip(halves, codes, strict=True)]
+        rows = zip(halves, self.encode(pictures), _before(captions, retrieved), strict=True)
+        found = [document.infill_text(*half, codes, self.text, self.vocab, ids) for half, codes, ids in rows]
         spans = self._spans(found, seed, sampling, max_text)
         return [before + span + after for (before, after), span in zip(halves, spans, strict=True)]
 
@@ -220,6 +241,23 @@ class Generator:
         return [
             part if isinstance(part, str) else self._picture(part, parts[i : i + 1]) for i, part in enumerate(found)
         ]
+
+    # --------------------------------------------------------------------------------------------- retrieved documents
+
+    def fitting(self, retrieved: Retrieved, prompts: Sequence[str] | None = None, max_text: int = 96) -> list:
+        """Return of each prompt's documents those that its row has room for: the first ones, as in training.
+
+        Args:
+          prompts: Captions that pictures are to be drawn from; None: captions are to be written for pictures.
+          max_text: Tokens for which a caption is to have room.
+        """
+        if prompts is None:
+            left = [self.model.length - self.codes - CAPTIONING - max_text] * len(retrieved)
+        else:
+            left = [self.model.length - self.codes - 2 - len(self.text.encode(prompt)) for prompt in prompts]
+        sizes = [np.cumsum([len(ids) + 1 for ids in documents]) for documents in retrieved]
+        counts = [int(np.searchsorted(size, room, "right")) for size, room in zip(sizes, left, strict=True)]
+        return [list(documents[:count]) for documents, count in zip(retrieved, counts, strict=True)]
 
     # --------------------------------------------------------------------------------------------------------- inside
 
@@ -267,10 +305,13 @@ class Generator:
         sizes = np.array([len(prompt.ids) for prompt in prompts], int)
         limit = self.model.length - needed
         for row in np.flatnonzero(sizes > limit):
-            over = sizes[row] - limit
+            over, shown = sizes[row] - limit, prompts[row].retrieved
+            of_them, or_fewer = (
+                (", of which {} of retrieved documents", " or show fewer documents") if shown else ("", "")
+            )
             raise UserError(
-                f"prompt {row}: {sizes[row]} tokens, but the model's row of {self.model.length} leaves {limit} before"
-                f" an answer of {needed}; shorten {what} by {over} tokens"
+                f"prompt {row}: {sizes[row]} tokens{of_them.format(shown)}, but the model's row of {self.model.length}"
+                f" leaves {limit} before an answer of {needed}; shorten {what} by {over} tokens{or_fewer}"
             )
         return self.model.length - sizes
 
@@ -301,7 +342,7 @@ class Generator:
             decode.kind(sampling),
             steps,
             self.params,
-            decode.pad(streams, length, hidden, self.vocab, first),
+            decode.pad(streams, length, hidden, self.vocab, first, [p.retrieved for p in chosen], self.picture),
             state,
             decode.settings(sampling, rows),
             _forced(chosen, steps),
@@ -317,6 +358,14 @@ def _forced(prompts, steps: int) -> np.ndarray:
     for row, prompt in zip(forced, prompts, strict=True):
         row[: len(prompt.known)] = prompt.known
     return forced
+
+
+def _before(prompts, retrieved: Retrieved | None) -> Retrieved:
+    """Return the documents before each prompt."""
+    if retrieved is None:
+        return [[]] * len(prompts)
+    _same_length(prompts=prompts, lists_of_retrieved_documents=retrieved)
+    return retrieved
 
 
 def _same_length(**lists) -> None:

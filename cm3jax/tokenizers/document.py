@@ -102,6 +102,7 @@ class Prompt:
       known: int64 [k], infill_image only: the id of each of the k codes to come that is held, -1 where it is drawn.
       hidden: The codes behind each sentinel that stands in its place in `ids`; 0 for text.
       unconditional_hidden: The same of `unconditional`.
+      retrieved: How many ids behind the first [eod] are those of retrieved documents, in both streams.
     """
 
     kind: str
@@ -112,6 +113,7 @@ class Prompt:
     known: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     hidden: tuple[int, ...] = ()
     unconditional_hidden: tuple[int, ...] = ()
+    retrieved: int = 0
 
 
 def join(*pieces) -> np.ndarray:
@@ -119,10 +121,25 @@ def join(*pieces) -> np.ndarray:
     return np.concatenate([np.atleast_1d(p) for p in pieces]).astype(np.uint16)
 
 
-def text_to_image(text: str, tokenizer: Tokenizer, vocab: Vocab) -> Prompt:
-    """`[eod] text <break>`, then one picture and [eod]. Unconditional: `[eod] <sentinel:0> <break>`."""
-    ids = join(EOD, text_ids(text, tokenizer, vocab), BREAK)
-    return Prompt("text_to_image", ids, join(EOD, vocab.sentinel(0), BREAK), "image", EOD, unconditional_hidden=(0,))
+Documents = Sequence[np.ndarray]
+"""Retrieved documents: uint16 ids [n] each, without [eod]s."""
+
+
+def shown(retrieved: Documents) -> np.ndarray:
+    """Return `document <break> document <break> ...`, what stands behind the first [eod], uint16 [n]."""
+    return join(np.zeros(0, np.uint16), *(piece for ids in retrieved for piece in (ids, BREAK)))
+
+
+def text_to_image(text: str, tokenizer: Tokenizer, vocab: Vocab, retrieved: Documents = ()) -> Prompt:
+    """`[eod] text <break>`, then one picture and [eod]. Unconditional: `[eod] <sentinel:0> <break>`.
+
+    Here and in the other prompts, retrieved documents stand behind the first [eod], `[eod] document <break> ... text
+    <break>`, in both streams: guidance keeps them and drops the query.
+    """
+    before = shown(retrieved)
+    ids = join(EOD, before, text_ids(text, tokenizer, vocab), BREAK)
+    without = join(EOD, before, vocab.sentinel(0), BREAK)
+    return Prompt("text_to_image", ids, without, "image", EOD, unconditional_hidden=(0,), retrieved=len(before))
 
 
 def unconditional(vocab: Vocab) -> Prompt:
@@ -131,18 +148,21 @@ def unconditional(vocab: Vocab) -> Prompt:
     return Prompt("unconditional", ids, ids, "image", EOD, hidden=(0,), unconditional_hidden=(0,))
 
 
-def image_to_text(codes: np.ndarray, vocab: Vocab) -> Prompt:
+def image_to_text(codes: np.ndarray, vocab: Vocab, retrieved: Documents = ()) -> Prompt:
     """`[eod] <sentinel:0> <break> IMG [eod] <sentinel:0>`, then the caption and <eoss>.
 
     Unconditional: a caption of no picture in particular, `[eod] <sentinel:0> <break> <sentinel:1> [eod] <sentinel:0>`.
     """
-    first, second = vocab.sentinel(0), vocab.sentinel(1)
-    ids = join(EOD, first, BREAK, image_ids(codes, vocab), EOD, first)
-    without = join(EOD, first, BREAK, second, EOD, first)
-    return Prompt("image_to_text", ids, without, "text", EOSS, hidden=(0,), unconditional_hidden=(0, len(codes)))
+    first, second, before = vocab.sentinel(0), vocab.sentinel(1), shown(retrieved)
+    ids = join(EOD, before, first, BREAK, image_ids(codes, vocab), EOD, first)
+    without = join(EOD, before, first, BREAK, second, EOD, first)
+    hidden = {"hidden": (0,), "unconditional_hidden": (0, len(codes))}
+    return Prompt("image_to_text", ids, without, "text", EOSS, **hidden, retrieved=len(before))
 
 
-def infill_text(before: str, after: str, codes: np.ndarray, tokenizer: Tokenizer, vocab: Vocab) -> Prompt:
+def infill_text(
+    before: str, after: str, codes: np.ndarray, tokenizer: Tokenizer, vocab: Vocab, retrieved: Documents = ()
+) -> Prompt:
     """`[eod] before <sentinel:0> after <break> IMG [eod] <sentinel:0>`, then the missing words and <eoss>.
 
     Blanks belong to the word that follows: `after` keeps its leading one.
@@ -150,16 +170,23 @@ def infill_text(before: str, after: str, codes: np.ndarray, tokenizer: Tokenizer
     Unconditional: that of `image_to_text`. It sees neither the picture nor the words around the gap, hence guidance
     pulls towards both; masking a part of the caption and the picture together is too rare in training to lean on.
     """
-    whole = image_to_text(codes, vocab)
+    whole = image_to_text(codes, vocab, retrieved)
     if not before and not after:
         return whole
     first = vocab.sentinel(0)
-    text = join(EOD, text_ids(before, tokenizer, vocab), first, text_ids(after, tokenizer, vocab), BREAK)
-    ids = join(text, image_ids(codes, vocab), EOD, first)
+    text = join(text_ids(before, tokenizer, vocab), first, text_ids(after, tokenizer, vocab), BREAK)
+    ids = join(EOD, shown(retrieved), text, image_ids(codes, vocab), EOD, first)
     return dataclasses.replace(whole, kind="infill_text", ids=ids)
 
 
-def infill_image(text: str, codes: np.ndarray, region: np.ndarray, tokenizer: Tokenizer, vocab: Vocab) -> Prompt:
+def infill_image(
+    text: str,
+    codes: np.ndarray,
+    region: np.ndarray,
+    tokenizer: Tokenizer,
+    vocab: Vocab,
+    retrieved: Documents = (),
+) -> Prompt:
     """`[eod] text <break> codes[:first] <sentinel:0> codes[last + 1:] [eod] <sentinel:0>`, then the span and <eoss>.
 
     The region is infilled as ONE span, from its first to its last code in reading order; the codes of that stretch
@@ -177,12 +204,12 @@ def infill_image(text: str, codes: np.ndarray, region: np.ndarray, tokenizer: To
     if len(region) != len(ids) or not region.any():
         raise UserError(f"region of {region.sum()} codes out of {len(region)}: must mark one of {len(ids)} codes")
     first, last = np.flatnonzero(region)[[0, -1]]
-    sentinel = vocab.sentinel(0)
-    start = join(EOD, text_ids(text, tokenizer, vocab), BREAK)
+    sentinel, before = vocab.sentinel(0), shown(retrieved)
+    start = join(EOD, before, text_ids(text, tokenizer, vocab), BREAK)
     prompt = join(start, ids[:first], sentinel, ids[last + 1 :], EOD, sentinel)
-    without = join(EOD, sentinel, BREAK, ids[:first])
+    without = join(EOD, before, sentinel, BREAK, ids[:first])
     known = np.where(region, -1, ids.astype(np.int64))[first : last + 1]
-    return Prompt("infill_image", prompt, without, "image", EOSS, known, (len(known),), (0,))
+    return Prompt("infill_image", prompt, without, "image", EOSS, known, (len(known),), (0,), len(before))
 
 
 def continuation(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab, closed: bool = False) -> Prompt:
@@ -209,18 +236,18 @@ def continuation(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab, clos
 
 KINDS = {
     "continuation": "E[^S]*E$",
-    "text_to_image": "ET?BIE",
-    "unconditional": "ESBIE",
-    "image_to_text": "ESBIES",
-    "image_to_text.unconditional": "ESBSES",
-    "infill_text": "E(TST?|ST)BIES",
-    "infill_image": "ET?B(ISI?|SI?)ES",
+    "text_to_image": "E(T?BIB)*T?BIE",
+    "unconditional": "E(T?BIB)*SBIE",
+    "image_to_text": "E(T?BIB)*SBIES",
+    "image_to_text.unconditional": "E(T?BIB)*SBSES",
+    "infill_text": "E(T?BIB)*(TST?|ST)BIES",
+    "infill_image": "E(T?BIB)*T?B(ISI?|SI?)ES",
 }
 """Prompt kind -> what a masked document looks like that begins with such a prompt and its answer.
 
-E [eod], B <break>, S sentinel, X <eoss>, T and I runs of text and codes. The unconditional streams are "unconditional"
-for pictures and "image_to_text.unconditional" for text. A picture's answer must be whole, so `text_to_image` asks for
-the [eod] behind it.
+E [eod], B <break>, S sentinel, X <eoss>, T and I runs of text and codes. Retrieved pairs, T?BIB, may stand before. The
+unconditional streams are "unconditional" for pictures and "image_to_text.unconditional" for text. A picture's answer
+must be whole, so `text_to_image` asks for the [eod] behind it.
 """
 
 

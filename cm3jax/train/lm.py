@@ -17,6 +17,8 @@ from cm3jax.vocab import Vocab
 
 MODALITIES = ("text", "image", "infill")
 """Names of the values 0, 1, 2 of a batch's "modality"; infill is the moved part of a masked span."""
+RETRIEVED = 4
+"""Added to the modality of a token in a retrieved document (`data.packing.RETRIEVED`)."""
 
 
 def model(stage: configs.DecoderStage, vocab: Vocab) -> decoder.Decoder:
@@ -74,7 +76,8 @@ def losses(net: decoder.Decoder, stage: configs.DecoderStage, params, batch):
     total = jnp.sum(w * (nll + stage.z_loss * jnp.square(log_z)))
     metrics = {"loss": (jnp.sum(w * nll), jnp.sum(w))}
     for i, name in enumerate(MODALITIES):
-        own = w * (batch["modality"] == i)
-        metrics[f"loss_{name}"] = (jnp.sum(own * nll), jnp.sum(own))
+        for prefix, modality in (("loss_", i), ("loss_retrieved_", RETRIEVED + i)):
+            own = w * (batch["modality"] == modality)
+            metrics[prefix + name] = (jnp.sum(own * nll), jnp.sum(own))
     metrics["tokens"] = (jnp.sum(batch["segments"] > 0).astype(jnp.float32), jnp.float32(1))
     return (total, jnp.sum(w)), jax.lax.stop_gradient(metrics)
