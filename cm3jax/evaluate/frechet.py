@@ -59,8 +59,8 @@ def add(a: Moments, b: Moments) -> Moments:
 def distance(a: Moments, b: Moments) -> float:
     """Return the squared Frechet distance, the figure that is published as FID.
 
-    Warns if a set has fewer samples than the features have numbers: its covariance then lacks directions, and the figure
-    says more about the number of samples than about the pictures.
+    Warns if a set has fewer samples than the features have numbers: its covariance then lacks directions, and the
+    figure says more about the number of samples than about the pictures.
 
     Raises:
       UserError: if a set has fewer than two samples, or they have features of different sizes.
