@@ -103,3 +103,62 @@ def curve(style: str, points: list[Point]) -> str:
     path = "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
     dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in points) if len(points) <= 40 else ""
     return f'<g class="{style}"><path d="M{path}"/>{dots}</g>'
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#666666")
+"""Of a figure's lines, in order; readable on white."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """One line of a figure: its name, and per point x, mean and the least and greatest of what the mean is of."""
+
+    name: str
+    points: list[tuple[Number, Number, Number, Number]]
+
+
+def figure(title: str, across: str, up: str, lines: list[Spread]) -> Markup:
+    """Return a chart that stands alone, as an SVG file does, with a whisker from least to greatest at each point.
+
+    Args:
+      across, up: What the two axes are of.
+      lines: At least one, with at least one point.
+    """
+    xs = sorted({x for line in lines for x, *_ in line.points})
+    ends = [y for line in lines for _, _, *both in line.points for y in both]
+    first, last = xs[0], xs[-1] if len(xs) > 1 else xs[0] + 1
+    room = 0.05 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
+    bottom, top = min(ends) - room, max(ends) + room
+    place = lambda x: LEFT + 14 + (RIGHT - LEFT - 28) * (x - first) / (last - first)  # noqa: E731
+    height = lambda y: BOTTOM - (BOTTOM - TOP) * (y - bottom) / (top - bottom)  # noqa: E731
+    parts = [
+        f'<path d="M{LEFT} {height(v):.1f}H{RIGHT}" stroke="#ddd"/><text x="{LEFT - 6}" y="{height(v) + 4:.1f}"'
+        f' text-anchor="end">{label(v)}</text>'
+        for v in ticks(bottom, top)
+    ]
+    parts += [f'<text x="{place(x):.1f}" y="{BOTTOM + 16}" text-anchor="middle">{label(x)}</text>' for x in xs]
+    parts.append(
+        f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 32}" text-anchor="middle">{Markup.escape(across)}</text>'
+    )
+    for i, line in enumerate(lines):
+        colour, points = COLOURS[i % len(COLOURS)], sorted(line.points)
+        path = "L".join(f"{place(x):.1f} {height(y):.1f}" for x, y, _, _ in points)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for x, y, low, high in points:
+            parts.append(
+                f'<path d="M{place(x):.1f} {height(low):.1f}V{height(high):.1f}" stroke="{colour}"/>'
+                f'<circle cx="{place(x):.1f}" cy="{height(y):.1f}" r="3" fill="{colour}"/>'
+            )
+        y = HEIGHT + 30 + 16 * i
+        parts.append(f'<rect x="{LEFT}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<text x="{LEFT + 16}" y="{y}">{Markup.escape(line.name)}</text>')
+    size = f"0 -28 {WIDTH} {HEIGHT + 44 + 16 * len(lines)}"
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif" font-size="11" fill="#222">'
+        f'<rect x="0" y="-28" width="100%" height="100%" fill="white"/>'
+        f'<text x="{LEFT}" y="-12" font-size="13">{Markup.escape(title)}</text>'
+        f'<text x="4" y="4">{Markup.escape(up)}</text>'
+    )
+    return Markup(f"{head}{''.join(parts)}</svg>\n")

@@ -1,5 +1,6 @@
 """Laws of the embedded world: its scenes, pictures and captions, and the readers of both."""
 
+import hashlib
 import re
 
 import hypothesis
@@ -15,12 +16,14 @@ from cm3jax.data import scenes_world as world
 from cm3jax.types import UserError
 
 level = pytest.mark.parametrize("level", world.LEVELS)
+OLD = ("easy", "full")
 FEW = 120
 MANY = 5000
 
 
-def drawn(level, count, resolution=64, splits=world.SPLITS):
+def drawn(level, count, resolution=64):
     """Return `count` scenes over all splits, and their pictures."""
+    splits = world.splits(level)
     things = [scenes.sample(level, 5, i, splits[i % len(splits)]) for i in range(count)]
     return things, np.stack([scenes.render(thing, resolution) for thing in things])
 
@@ -38,7 +41,7 @@ def share_right(truth, read):
 def stated_right(scene, text):
     """Whether a caption parses to all of its scene; relations must hold and name things that exist."""
     stated = scenes.parse(text, scene.level)
-    looks = sorted(t.looks for t in stated.objects) == sorted(t.looks for t in scene.objects)
+    looks = sorted((t.name, *t.looks) for t in stated.objects) == sorted((t.name, *t.looks) for t in scene.objects)
     rest = (stated.background, stated.word, stated.word_place, stated.unread)
     return looks and rest == (scene.background, scene.word, scene.word_place, 0)
 
@@ -68,11 +71,11 @@ def test_held_out_pairs_are_in_every_composition_scene_and_nowhere_else(level):
 
 @level
 def test_no_scene_belongs_to_two_splits(level):
-    for split in world.SPLITS:
+    for split in world.SPLITS:  # all but the bank, whose scenes may be training's or composition's
         assert all(world.home(scenes.sample(level, 0, i, split)) == split for i in range(FEW))
 
 
-@level
+@pytest.mark.parametrize("level", OLD)
 def test_one_to_four_objects_and_all_attributes_are_about_equally_frequent(level):
     things = [scenes.sample(level, 0, i, "train") for i in range(800)]
     counts = np.bincount([len(s.objects) for s in things], minlength=5)[1:]
@@ -112,7 +115,9 @@ def test_scenes_survive_json(level):
 
 
 def test_an_unknown_level_or_split_is_one_clear_line():
-    with pytest.raises(UserError, match="scenes:hard: no such level; choose one of scenes:easy, scenes:full"):
+    with pytest.raises(
+        UserError, match="scenes:hard: no such level; choose one of scenes:easy, scenes:full, scenes:rare"
+    ):
         scenes.sample("hard", 0, 0, "train")
     with pytest.raises(UserError, match="split 'dev': scenes have the splits train, validation, test, composition"):
         scenes.sample("easy", 0, 0, "dev")
@@ -152,7 +157,7 @@ def test_record_regions_are_the_objects_boxes(level):
 @level
 def test_captions_are_read_back(level):
     for i in range(300):
-        scene = scenes.sample(level, 1, i, world.SPLITS[i % 4])
+        scene = scenes.sample(level, 1, i, world.splits(level)[i % len(world.splits(level))])
         text = scenes.caption(scene, np.random.default_rng(i))
         assert stated_right(scene, text), text
 
@@ -253,7 +258,7 @@ def nothings(level, count):
     yield "blank", np.broadcast_to(rng.integers(0, 256, (count, 1, 1, 3), np.uint8), shape)
     palette = np.uint8(list(world.BACKGROUNDS[level].values()))
     yield "background", np.broadcast_to(palette[rng.integers(len(palette), size=count)][:, None, None], shape)
-    for side in (4, 8, 16) if level == "easy" else (4, 8):
+    for side in (4, 8, 16) if level in world.GRID else (4, 8):
         yield f"patches of {side}", np.stack([shuffled(p, side, rng) for p in drawn(level, count)[1]])
 
 
@@ -296,7 +301,85 @@ def test_nothing_is_found_in_2000_of_each_kind_of_nothing(level):
 
 
 def test_templates_cover_every_look_and_shift():
-    for level in world.LEVELS:
+    for level in OLD:
         what, cover, share, _ = recogniser._templates(level)
         looks = len(world.SHAPES) * len(world.SIZES[level]) * len(world.TEXTURES[level])
         assert len(what) == looks * (2 * recogniser.REACH + 1) ** 2 == cover.shape[1] == share.shape[1]
+
+
+# --------------------------------------------------------------------------------------------------------------- rare
+
+
+def named(split, count=400):
+    """Return the names in the first scenes of a split."""
+    return [t.name for i in range(count) for t in scenes.sample("rare", 0, i, split).objects if t.name]
+
+
+def test_a_name_always_means_the_same_look_and_its_caption_says_nothing_of_it():
+    for i in range(FEW):
+        scene = scenes.sample("rare", 0, i, "bank")
+        for t in scene.objects:
+            if t.name:
+                assert t.looks == world.NAMES[t.name]
+                described = re.findall("small|large", scenes.caption(scene, np.random.default_rng(i)))
+                assert len(described) == len(scene.objects) - 1
+
+
+def test_names_differ_in_two_of_three_syllables_and_new_ones_have_no_syllable_of_their_own():
+    parts = [re.findall("..", name) for name in world.NAMES]
+    assert len(parts) == world.MET + world.NEW and all(len(p) == 3 for p in parts)
+    for i, a in enumerate(parts):
+        assert all(sum(x == y for x, y in zip(a, b, strict=True)) < 2 for b in parts[:i])
+    assert {s for p in parts[world.MET :] for s in p} <= {s for p in parts[: world.MET] for s in p}
+
+
+def test_new_names_are_never_trained_on_and_half_of_the_held_out_names():
+    assert not any(map(world.is_new, named("train")))
+    for split in ("validation", "test"):
+        assert 0.4 < np.mean([world.is_new(name) for name in named(split)]) < 0.6
+    assert not named("composition")
+
+
+def test_names_have_a_long_tail_in_training():
+    ranks = np.array([tuple(world.NAMES).index(name) for name in named("train", 2000)])
+    first, last = (ranks < 50).mean(), (ranks >= 950).mean()
+    assert 0.4 < len(ranks) / 2000 < 0.6
+    assert 5 < first / last < 50  # (50 .. 99 against 1000 .. 1049): 14
+
+
+@pytest.mark.slow
+def test_the_bank_shows_every_name_and_every_pair_of_the_composition_split():
+    shown = [scenes.sample("rare", 0, i, "bank") for i in range(8192)]
+    counts = {name: 0 for name in world.NAMES}
+    for scene in shown:
+        for t in scene.objects:
+            if t.name:
+                counts[t.name] += 1
+    assert min(counts.values()) >= 5
+    pairs = {(t.shape, t.colour) for scene in shown for t in scene.objects}
+    assert set(world.HELD_OUT.items()) <= pairs
+
+
+def test_no_scene_of_the_bank_is_one_of_validation_or_test():
+    for i in range(FEW):
+        scene = scenes.sample("rare", 0, i, "bank")
+        assert world.home(scene) in ("train", "composition")
+
+
+def test_an_unknown_name_is_unread():
+    stated = scenes.parse("a vukelox top left, on white", "rare")
+    assert not stated.objects and stated.unread == 1 and stated.background == "white"
+
+
+def test_only_the_rare_level_has_a_bank():
+    with pytest.raises(UserError, match="split 'bank': scenes have the splits train, validation, test, composition$"):
+        scenes.sample("easy", 0, 0, "bank")
+
+
+@pytest.mark.parametrize(("level", "digest"), [("easy", "4ff6c9df45b012e2"), ("full", "a8faf4342d49826d")])
+def test_records_of_the_older_levels_stay_as_they_are(level, digest):
+    found = hashlib.sha256()
+    for i in range(100):
+        record = scenes.record(level, 3, i, world.SPLITS[i % 4], 64)
+        found.update(record.parts[0].encode() + record.parts[1].tobytes() + record.fields["scene"].encode())
+    assert found.hexdigest()[:16] == digest

@@ -1,6 +1,6 @@
 """The embedded world as a data source: scenes, their pictures and captions, and both read back.
 
-`scenes_world` says what the two levels are and draws scenes; `scenes_render` makes pictures; `scenes_words` makes
+`scenes_world` says what the three levels are and draws scenes; `scenes_render` makes pictures; `scenes_words` makes
 captions and reads them; `scenes_recognise` reads pictures. The readers are for scoring, never to choose candidates.
 """
 
@@ -12,7 +12,7 @@ from cm3jax.types import Record, Region
 
 
 def sample(level: str, seed: int, index: int, split: str) -> Scene:
-    """Draw scene `index` of a split ("train", "validation", "test", "composition")."""
+    """Draw scene `index` of a split ("train", "validation", "test", "composition"; rare: "bank")."""
     return scenes_world.sample(level, seed, index, split)
 
 

@@ -1,8 +1,9 @@
 """Pictures back into scenes, from pixels alone.
 
 Analysis by synthesis: for a crop around each candidate, every template (shape, size, texture, small shift) is fitted
-with its colour free, in closed form; the best fit must explain nearly all of the crop, and its colour must be near one
-of the palette's, else the thing counts as `unread`. Candidates are the quarters (easy) or connected regions (full).
+with its colour free (in `rare` both), in closed form; the best fit must explain nearly all of the crop, and its colour
+must be near one of the palette's, else the thing counts as `unread`. Candidates are the quarters (easy, rare) or
+connected regions (full).
 Pictures of another size than 64 pixels are first resampled to it.
 """
 
@@ -23,7 +24,7 @@ SMOOTH = 0.7
 """Blur of the pictures before anything is compared, in pixels: takes most of the energy of noise away."""
 SOFT = 0.9
 """Blur of the templates in pixels: `SMOOTH`, and half of what a tokenizer softens an edge by."""
-FIT = {"easy": 0.8, "full": 0.9}
+FIT = {"easy": 0.8, "full": 0.9, "rare": 0.8}
 """Least share of a crop's energy that a template must explain; free positions need more against fragments."""
 NEAR = 90.0
 """Largest distance of a fitted colour from the palette's, in 8-bit RGB."""
@@ -57,7 +58,7 @@ def _chunk(pictures: np.ndarray, level: str) -> list[world.Scene]:
     signal = ndimage.gaussian_filter(pixels - bases[:, None, None], (0, SMOOTH, SMOOTH, 0), truncate=3)
     words, things = [("", "", 0.0)] * len(pixels), []
     for i, name in enumerate(names):
-        if name and level == "easy":
+        if name and level in world.GRID:
             things += [(i, *candidate) for candidate in _quarters(signal[i])]
         elif name:
             words[i] = _word(signal[i], name, bases[i])
@@ -172,19 +173,28 @@ def _place(image: np.ndarray, dx: int, dy: int) -> np.ndarray:
 
 
 def _classify(things, level: str, names, bases) -> list[world.Object | None]:
-    """Return each candidate's object, or None.
+    """Return each candidate's object, or None."""
+    if not things:
+        return []
+    fit = _fit_two if level == "rare" else _fit_one
+    bases, names = np.stack([bases[i] for i, _, _ in things]), [names[i] for i, _, _ in things]
+    crops = np.stack([crop for _, _, crop in things]).reshape(len(things), -1, 3)
+    templates, colours, error = fit(crops, level, names, bases)
+    good = error < (1 - FIT[level]) * _power(crops).sum(1)
+    found = zip(templates, colours, good, things, strict=True)
+    return [_object(level, what, paint, thing[1]) if ok else None for what, paint, ok, thing in found]
+
+
+def _fit_one(crops, level: str, names, base):
+    """Return each crop's best template, its colour, and what it leaves unexplained.
 
     With crop d = picture - base, cover A and own share B, a template paints A (B/A c + (1 - B/A) ink - base), so that
     d = F + B c with F = (A - B) ink - A base and F x, B known: c = B.(d - F) / B.B is the best colour.
     """
-    if not things:
-        return []
     what, cover, share, (cc, cs, ss) = _templates(level)
-    base = np.stack([bases[i] for i, _, _ in things])
-    ink = np.float32([render.ink(level, names[i]) for i, _, _ in things])
-    crops = np.stack([crop for _, _, crop in things]).reshape(len(things), -1, 3)
+    ink = np.float32([render.ink(level, name) for name in names])
     flat = crops.transpose(0, 2, 1).reshape(-1, CROP * CROP)
-    on_cover, on_share = ((flat @ m).reshape(len(things), 3, -1) for m in (cover, share))  # [n, 3, k]
+    on_cover, on_share = ((flat @ m).reshape(len(crops), 3, -1) for m in (cover, share))  # [n, 3, k]
     i, o = ink[:, :, None], (ink - base)[:, :, None]
     # F = A (ink - base) - B ink
     energy = _power(crops).sum(1)
@@ -192,18 +202,59 @@ def _classify(things, level: str, names, bases) -> list[world.Object | None]:
     along = on_share - o * cs + i * ss
     error = rest - (along**2 / ss).sum(1)
     best = error.argmin(1)
-    rows = np.arange(len(things))
+    rows = np.arange(len(crops))
     colours = along[rows, :, best] / ss[best][:, None]
-    good = error[rows, best] < (1 - FIT[level]) * energy
-    return [_object(level, what[best[n]], colours[n], things[n][1]) if good[n] else None for n in range(len(things))]
+    return [what[k] for k in best], colours, error[rows, best]
 
 
-def _object(level: str, template, colour: np.ndarray, centre: tuple[int, int]) -> world.Object | None:
-    """Return the object that a fitted template means; None if its colour is none of the palette's."""
+@functools.cache
+def _halves():
+    """Return `_templates` of objects of two colours: what is tried, upper and lower half, and dot products."""
+    what, uppers, lowers = [], [], []
+    shifts = [(dx, dy) for dy in range(-REACH, REACH + 1) for dx in range(-REACH, REACH + 1)]
+    for shape in world.SHAPES:
+        for size, side in world.SIZES["rare"].items():
+            cover, own = render.mask(shape, float(side)), render.upper(float(side), 0.0)[:, None]
+            for dx, dy in shifts:
+                what.append((shape, size, "solid", dx, dy))
+                uppers.append(_place(cover * own, dx, dy))
+                lowers.append(_place(cover * (1 - own), dx, dy))
+    upper, lower = np.stack(uppers), np.stack(lowers)
+    products = tuple(np.einsum("kp,kp->k", a, b) for a, b in ((upper, upper), (upper, lower), (lower, lower)))
+    return what, upper.T.copy(), lower.T.copy(), products
+
+
+def _fit_two(crops, level: str, names, base):
+    """Return each crop's best template, its two colours [n, 2, 3], and what they leave unexplained.
+
+    With crop d = picture - base and the two halves U and L, d = U (c1 - base) + L (c2 - base): least squares.
+    """
+    what, upper, lower, (uu, ul, ll) = _halves()
+    flat = crops.transpose(0, 2, 1).reshape(-1, CROP * CROP)
+    on_upper, on_lower = ((flat @ m).reshape(len(crops), 3, -1) for m in (upper, lower))  # [n, 3, k]
+    first = (ll * on_upper - ul * on_lower) / (uu * ll - ul**2)
+    second = (uu * on_lower - ul * on_upper) / (uu * ll - ul**2)
+    error = _power(crops).sum(1)[:, None] - (first * on_upper + second * on_lower).sum(1)
+    best = error.argmin(1)
+    rows = np.arange(len(crops))
+    colours = np.stack([first[rows, :, best], second[rows, :, best]], 1) + base[:, None]
+    return [what[k] for k in best], colours, error[rows, best]
+
+
+def _colour(paint: np.ndarray) -> str:
+    """Return the colour of the palette that is nearest to a fitted one; "" if none is near."""
+    distance = np.linalg.norm(np.float32(list(world.COLOURS.values())) - paint, axis=1)
+    return "" if distance.min() > NEAR else tuple(world.COLOURS)[distance.argmin()]
+
+
+def _object(level: str, template, paint: np.ndarray, centre: tuple[int, int]) -> world.Object | None:
+    """Return the object that a fitted template means; None if a colour of it is none of the palette's."""
     shape, size, texture, dx, dy = template
-    distance = np.linalg.norm(np.float32(list(world.COLOURS.values())) - colour, axis=1)
-    if distance.min() > NEAR:
+    colour, *lower = [_colour(one) for one in np.atleast_2d(paint)]
+    if not colour or "" in lower:
         return None
+    if lower and lower[0] != colour:
+        texture = f"over {lower[0]}"
     x, y = (centre[0] + dx) / SIDE, (centre[1] + dy) / SIDE
     if level == "full":
         half = world.SIZES["full"][size] / SIDE / 2
@@ -212,7 +263,7 @@ def _object(level: str, template, colour: np.ndarray, centre: tuple[int, int]) -
         place = world.third(x, y)
     else:
         place = next(name for name, quarter in world.QUARTERS.items() if quarter == centre)
-    return world.Object(shape, tuple(world.COLOURS)[distance.argmin()], size, place, texture, x, y)
+    return world.Object(shape, colour, size, place, texture, x, y)
 
 
 # -------------------------------------------------------------------------------------------------------------- words

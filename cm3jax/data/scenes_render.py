@@ -66,6 +66,14 @@ def stripes(side: float, offset: float, resolution: int) -> np.ndarray:
     return np.where(odd, STRIPE_COLOUR, 1).reshape(k, SUPERSAMPLE).mean(1, dtype=np.float32)
 
 
+@functools.cache
+def upper(side: float, offset: float) -> np.ndarray:
+    """Return the share of the upper colour in each pixel row of an object of two colours, float32 [k]."""
+    k = int(np.ceil(side + offset))
+    above = (np.arange(k * SUPERSAMPLE) + 0.5) / SUPERSAMPLE - offset < side / 2
+    return above.reshape(k, SUPERSAMPLE).mean(1, dtype=np.float32)
+
+
 def ink(level: str, background: str) -> tuple[int, int, int]:
     """Return what words and every other stripe are drawn with: black on light backgrounds, else white."""
     return BLACK if sum(world.BACKGROUNDS[level][background]) > 450 else WHITE
@@ -82,6 +90,10 @@ def _patch(looks, level: str, background: str, resolution: int, offset: tuple[fl
         own = stripes(side, offset[1], resolution)
         own = np.pad(own, (0, len(cover) - len(own)), mode="edge")[:, None, None]
         paint = own * paint + (1 - own) * np.float32(ink(level, background))
+    elif texture in world.OVER:
+        own = upper(side, offset[1])
+        own = np.pad(own, (0, len(cover) - len(own)), mode="edge")[:, None, None]
+        paint = own * paint + (1 - own) * np.float32(world.COLOURS[world.OVER[texture]])
     base = np.float32(world.BACKGROUNDS[level][background])
     return np.round(base + cover * (paint - base)).astype(np.uint8)
 

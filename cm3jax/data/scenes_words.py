@@ -42,21 +42,24 @@ def _pick(rng: np.random.Generator, choices):
 
 def caption(scene: world.Scene, rng: np.random.Generator) -> str:
     """Return one of the wordings of a scene."""
-    return _easy(scene, rng) if scene.level == "easy" else _full(scene, rng)
+    return _full(scene, rng) if scene.level == "full" else _easy(scene, rng)
 
 
 def parse(text: str, level: str) -> world.Scene:
     """Return the scene that a caption states; what is stated incompletely or not understood counts as `unread`."""
     world.check(level)
-    return _parse_easy(text) if level == "easy" else _parse_full(text)
+    return _parse_full(text) if level == "full" else _parse_easy(text, level)
 
 
-# --------------------------------------------------------------------------------------------------------------- easy
+# --------------------------------------------------------------------------------------------------------- easy, rare
 
 
 def _easy(scene: world.Scene, rng: np.random.Generator) -> str:
-    """Three wordings; each states size, colour, shape and place of each object in reading order, and the background."""
-    things = [(f"{thing.size} {thing.colour} {thing.shape}", thing.place) for thing in scene.objects]
+    """Three wordings; each states size, colour, shape and place of each object in reading order, and the background.
+
+    Of a named thing they state name and place only.
+    """
+    things = [(thing.name or _described(thing), thing.place) for thing in scene.objects]
     wording = rng.integers(3)
     if wording == 0:
         return ", ".join(f"a {name} {place}" for name, place in things) + f", on {scene.background}"
@@ -65,30 +68,49 @@ def _easy(scene: world.Scene, rng: np.random.Generator) -> str:
     return f"{scene.background} background, " + ", ".join(f"{name} {place}" for name, place in things)
 
 
+def _described(thing: world.Object) -> str:
+    """Return "small red circle" or "small red over blue circle"."""
+    colours = f"{thing.colour} {thing.texture}" if thing.texture in world.OVER else thing.colour
+    return f"{thing.size} {colours} {thing.shape}"
+
+
 def _any(words) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-_NAME = f"(?:a )?({_any(world.SIZES['easy'])}) ({_any(world.COLOURS)}) ({_any(world.SHAPES)})"
-_PLACE = f"({_any(world.QUARTERS)})"
-_NAME_FIRST, _PLACE_FIRST = re.compile(f"{_NAME} {_PLACE}"), re.compile(f"{_PLACE} {_NAME}")
-_ON = re.compile(f"on ({_any(world.BACKGROUNDS['easy'])})|({_any(world.BACKGROUNDS['easy'])}) background")
+def _patterns(level: str) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
+    """Return what reads "a small red circle top left", "top left a small red circle", and the background."""
+    over = f"(?: ({_any(world.OVER)}))?" if level == "rare" else "()"
+    name = f"(?P<name>{_any(world.NAMES)})" if level == "rare" else "(?P<name>(?!))"
+    looks = f"(?P<size>{_any(world.SIZES[level])}) (?P<colour>{_any(world.COLOURS)})(?P<over>{over})"
+    thing = f"(?:a )?(?:{looks} (?P<shape>{_any(world.SHAPES)})|{name})"
+    place, grounds = f"(?P<place>{_any(world.QUARTERS)})", _any(world.BACKGROUNDS[level])
+    on = f"on ({grounds})|({grounds}) background"
+    return re.compile(f"{thing} {place}"), re.compile(f"{place} {thing}"), re.compile(on)
 
 
-def _parse_easy(text: str) -> world.Scene:
+_EASY = {level: _patterns(level) for level in world.GRID}
+
+
+def _parse_easy(text: str, level: str) -> world.Scene:
+    name_first, place_first, on = _EASY[level]
     backgrounds, objects, unread = [], [], 0
     for clause in filter(None, (c.strip() for c in re.split("[,:]", text))):
-        if found := _ON.fullmatch(clause):
+        if found := on.fullmatch(clause):
             backgrounds.append(found[1] or found[2])
-        elif found := _NAME_FIRST.fullmatch(clause):
-            size, colour, shape, place = found.groups()
-            objects.append(world.Object(shape, colour, size, place))
-        elif found := _PLACE_FIRST.fullmatch(clause):
-            place, size, colour, shape = found.groups()
-            objects.append(world.Object(shape, colour, size, place))
+        elif found := name_first.fullmatch(clause) or place_first.fullmatch(clause):
+            objects.append(_thing(**found.groupdict()))
         else:
             unread += 1
-    return world.Scene("easy", backgrounds[0] if len(backgrounds) == 1 else "", tuple(objects), unread=unread)
+    return world.Scene(level, backgrounds[0] if len(backgrounds) == 1 else "", tuple(objects), unread=unread)
+
+
+def _thing(size, colour, over, shape, name, place) -> world.Object:
+    """Return what a clause states."""
+    if name:
+        shape, colour, size, texture = world.NAMES[name]
+        return world.Object(shape, colour, size, place, texture, name=name)
+    return world.Object(shape, colour, size, place, over.strip() or "solid")
 
 
 # --------------------------------------------------------------------------------------------------------------- full

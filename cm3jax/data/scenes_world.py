@@ -1,7 +1,7 @@
-"""The embedded world: what a scene is, its two fixed levels, and how one is drawn from a seed.
+"""The embedded world: what a scene is, its three fixed levels, and how one is drawn from a seed.
 
-Lengths are fractions of the picture's side; both levels lie on a lattice of 1/64 (`LATTICE`), so that at 64 pixels
-objects sit on whole pixels. Neither level is ever changed to reach a score.
+Lengths are fractions of the picture's side; all levels lie on a lattice of 1/64 (`LATTICE`), so that at 64 pixels
+objects sit on whole pixels. No level is ever changed to reach a score.
 
 `easy`: 1-4 objects on a 2x2 grid, each moved by -1, 0 or 1 lattice steps per axis from the centre of its quarter; 6
 shapes, 8 colours, 2 sizes (14/64 and 24/64), 3 backgrounds. The caption states everything but that jitter.
@@ -11,13 +11,30 @@ in a third of the scenes a word of capitals in a strip at the top or bottom. The
 colour, stripes and shape, and its place: either coarsely ("at the bottom left": thirds of the picture) or by relation
 to an object named before it ("above the small blue ring"); then the background and the word.
 
+`rare`: what makes retrieval matter. 1-2 objects in the centres of quarters, solid or in two colours ("red over blue":
+the upper half is red), 2 sizes (18/64 and 28/64), 2 backgrounds. Half of the training scenes hold one *named thing*: an
+object of two colours of which the caption says a name and a place and nothing else ("a vukelo top left"). A name has
+one fixed look and does not tell it: both are drawn independently, so that one who never saw the name guesses one of 588
+looks. `NAMES` has a long tail: 20,000 training scenes hold the first of 1,000 about 65 times and the last 3 times; 200
+more (`is_new`) never. The split `bank` shows each of the 1,200 about six times, and the pairs of the composition split;
+no model is trained on it. Half of the named things in validation and test are new, the others drawn evenly from the
+1,000. All other scenes hold common things, whose captions tell all that there is to see: what retrieval gives or costs.
+
+Why this is fair. A model without retrieval lacks the looks of names and nothing else: shapes, colours, places and pairs
+of colours are as common in training as any. A model with retrieval gets no help but documents: a test scene's content
+is in no other split, so that a document with its name differs in place, background or neighbour. The retriever too is
+trained on `train` alone, and can know no more of a new name's look; but it can tell the name from all others by its
+letters: a name has three of 70 syllables, all of which are in names that it was trained on, and no two names have more
+than one syllable at the same place in common.
+
 Splits. Every scene of the `composition` split has at least one of six (shape, colour) pairs, `HELD_OUT`, and no other
-scene has any. A scene's content (easy: all but the jitter; full: all but positions and places) is hashed: one eighth of
-all contents can only be in `validation`, another eighth only in `test`, the rest only in `train`. So a test scene is
-never a training scene seen again.
+scene has any, but every eighth of `bank`. A scene's content (easy: all but the jitter; full: all but positions and
+places; rare: all) is hashed: one eighth of all contents can only be in `validation`, another eighth only in `test`, the
+rest only in `train` and `bank`. So a test scene is never a training scene seen again, nor one that can be retrieved.
 """
 
 import dataclasses
+import functools
 import json
 import zlib
 
@@ -25,8 +42,11 @@ import numpy as np
 
 from cm3jax.types import UserError
 
-LEVELS = ("easy", "full")
+LEVELS = ("easy", "full", "rare")
+GRID = ("easy", "rare")
+"""Levels whose objects lie in quarters and in no other place."""
 SPLITS = ("train", "validation", "test", "composition")
+"""Of every level; `rare` has the split `bank` too: see `splits`."""
 LATTICE = 64
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
@@ -50,14 +70,21 @@ BACKGROUNDS = {
         "navy": (18, 28, 82),
         "mint": (178, 232, 205),
     },
+    "rare": {"white": (245, 245, 245), "black": (12, 12, 12)},
 }
-SIZES = {"easy": {"small": 14, "large": 24}, "full": {"small": 12, "large": 20}}
+SIZES = {
+    "easy": {"small": 14, "large": 24},
+    "full": {"small": 12, "large": 20},
+    "rare": {"small": 18, "large": 28},
+}
 """Sides of the objects' bounding boxes, in lattice steps."""
-TEXTURES = {"easy": ("solid",), "full": ("solid", "striped")}
+OVER = {f"over {colour}": colour for colour in COLOURS}
+"""rare: textures of two colours, and the colour of the lower half; the upper one has the object's own."""
+TEXTURES = {"easy": ("solid",), "full": ("solid", "striped"), "rare": ("solid", *OVER)}
 HELD_OUT = {"circle": "purple", "square": "yellow", "triangle": "cyan", "cross": "pink", "ring": "red", "star": "blue"}
 """The (shape, colour) pairs of the composition split."""
 QUARTERS = {"top left": (16, 16), "top right": (48, 16), "bottom left": (16, 48), "bottom right": (48, 48)}
-"""easy: centre of each place, in lattice steps."""
+"""easy, rare: centre of each place, in lattice steps."""
 
 GAP = 4
 """full: least distance of two bounding boxes, in lattice steps."""
@@ -77,6 +104,7 @@ class Object:
       place: easy: a key of `QUARTERS`; full: which third of the picture ("top left", "centre", "right", ...), or "".
       x, y: Centre as fractions of the side; NaN if unknown (a scene that was read from a caption).
       relation: Only in scenes read from captions: (relation, shape, colour, size, texture) of the other object.
+      name: rare: a key of `NAMES` for a named thing, if known: a picture does not show it.
     """
 
     shape: str
@@ -87,6 +115,7 @@ class Object:
     x: float = float("nan")
     y: float = float("nan")
     relation: tuple[str, ...] = ()
+    name: str = ""
 
     @property
     def looks(self) -> tuple[str, str, str, str]:
@@ -118,6 +147,8 @@ def to_json(scene: Scene) -> str:
     for thing in data["objects"]:
         for axis in ("x", "y"):
             thing[axis] = None if thing[axis] != thing[axis] else thing[axis]
+        if not thing["name"]:
+            del thing["name"]
     return json.dumps(data)
 
 
@@ -137,12 +168,17 @@ def box(level: str, thing: Object) -> tuple[float, float, float, float]:
     return thing.x - half, thing.y - half, thing.x + half, thing.y + half
 
 
+def splits(level: str) -> tuple[str, ...]:
+    """Return the names of a level's splits."""
+    return (*SPLITS, "bank") if level == "rare" else SPLITS
+
+
 def check(level: str, split: str = "train") -> None:
     """Raise UserError unless `level` and `split` exist."""
     if level not in LEVELS:
         raise UserError(f"scenes:{level}: no such level; choose one of {', '.join('scenes:' + k for k in LEVELS)}")
-    if split not in SPLITS:
-        raise UserError(f"split {split!r}: scenes have the splits {', '.join(SPLITS)}")
+    if split not in splits(level):
+        raise UserError(f"split {split!r}: scenes have the splits {', '.join(splits(level))}")
 
 
 def stream(level: str, seed: int, index: int, split: str, name: str) -> np.random.Generator:
@@ -154,6 +190,8 @@ def sample(level: str, seed: int, index: int, split: str) -> Scene:
     """Draw scene `index` of a split; the same arguments always give the same scene."""
     check(level, split)
     rng = stream(level, seed, index, split, "scene")
+    if level == "rare":
+        return _sample_rare(rng, index, split)
     draw = _draw_easy if level == "easy" else _draw_full
     while True:
         scene = draw(rng, split == "composition")
@@ -167,7 +205,7 @@ def home(scene: Scene) -> str:
     """Return the one split that may hold this scene; positions do not matter, nor do the full level's places."""
     if any(HELD_OUT[thing.shape] == thing.colour for thing in scene.objects):
         return "composition"
-    things = sorted((thing.place if scene.level == "easy" else "", *thing.looks) for thing in scene.objects)
+    things = sorted((thing.place if scene.level in GRID else "", *thing.looks) for thing in scene.objects)
     bucket = zlib.crc32(repr((scene.background, scene.word, scene.word_place, things)).encode()) % 8
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
@@ -272,3 +310,92 @@ def _gap(x: int, y: int, side: int, other: Object) -> float:
 def word_width(word: str) -> int:
     """Return the width of a drawn word in lattice steps."""
     return len(word) * LETTER_STEP - (LETTER_STEP - LETTER_WIDTH)
+
+
+# --------------------------------------------------------------------------------------------------------------- rare
+
+MET, NEW = 1000, 200
+"""rare: names that training scenes use, and names that they never do."""
+TAIL = 50
+"""rare: training takes name i in proportion to 1 / (i + TAIL): the first 21 times as often as the last."""
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+PER_NAME = 8
+"""rare: of so many scenes of `bank`, all but the last hold a named thing, and the last one a held-out pair."""
+
+
+@functools.cache
+def _names() -> dict[str, tuple[str, str, str, str]]:
+    """Return {name: its look}; no two names have the same syllables at two of their three places."""
+    rng = np.random.default_rng(20230905)
+    syllables = [a + b for a in CONSONANTS for b in VOWELS]
+    looks, pairs = {}, set()
+    while len(looks) < MET + NEW:
+        parts = [syllables[i] for i in rng.integers(len(syllables), size=3)]
+        mine = {(i, parts[i], j, parts[j]) for i, j in ((0, 1), (0, 2), (1, 2))}
+        if not mine & pairs:
+            pairs |= mine
+            looks["".join(parts)] = _look(rng, _SHOWN[rng.integers(len(_SHOWN))], two=True)
+    return looks
+
+
+def _look(rng: np.random.Generator, pair: tuple[str, str], two: bool) -> tuple[str, str, str, str]:
+    """Return (shape, colour, size, texture) of a rare object with this (shape, colour)."""
+    size = tuple(SIZES["rare"])[rng.integers(2)]
+    lower = [f"over {colour}" for colour in COLOURS if colour != pair[1]]
+    return *pair, size, lower[rng.integers(len(lower))] if two else "solid"
+
+
+NAMES = _names()
+"""rare: {name: (shape, colour, size, texture)}, the names of training first."""
+_ORDER = tuple(NAMES)
+_FREQUENCY = 1 / (np.arange(MET) + TAIL)
+_FREQUENCY /= _FREQUENCY.sum()
+
+
+def is_new(name: str) -> bool:
+    """Return whether no training scene has this name."""
+    return name in _NEW
+
+
+_NEW = frozenset(_ORDER[MET:])
+
+
+def _name(rng: np.random.Generator, index: int, split: str) -> str:
+    """Draw the name of scene `index`'s named thing; "" if it has none."""
+    turn, rest = divmod(index, PER_NAME)
+    if split == "bank":
+        return "" if rest == PER_NAME - 1 else _ORDER[(turn * (PER_NAME - 1) + rest) % len(NAMES)]
+    if split == "composition" or rng.integers(2):
+        return ""
+    if split == "train":
+        return _ORDER[rng.choice(MET, p=_FREQUENCY)]
+    return _ORDER[MET + rng.integers(NEW) if rng.integers(2) else rng.integers(MET)]
+
+
+def _sample_rare(rng: np.random.Generator, index: int, split: str) -> Scene:
+    """Draw a rare scene that may be in this split; the bank's are those of training and of composition."""
+    name = _name(rng, index, split)
+    homes = ("train" if name else "composition",) if split == "bank" else (split,)
+    while True:
+        scene = _draw_rare(rng, name, "composition" in homes)
+        if home(scene) in homes:
+            return scene
+
+
+def _draw_rare(rng: np.random.Generator, name: str, composition: bool) -> Scene:
+    """Draw one or two objects, of which one is the named thing if there is a name."""
+    count = int(rng.integers(1, 3))
+    pairs = [_SHOWN[i] for i in rng.integers(len(_SHOWN), size=count)]
+    if composition:
+        pairs[rng.integers(count)] = tuple(HELD_OUT.items())[rng.integers(len(HELD_OUT))]
+    looks = [_look(rng, pair, two=bool(rng.integers(2))) for pair in pairs]
+    names = [""] * count
+    if name:
+        at = rng.integers(count)
+        looks[at], names[at] = NAMES[name], name
+    objects = []
+    for look, name, at in zip(looks, names, sorted(rng.permutation(4)[:count]), strict=True):
+        place = tuple(QUARTERS)[at]
+        x, y = QUARTERS[place]
+        objects.append(dataclasses.replace(_object(look, place, x / LATTICE, y / LATTICE), name=name))
+    return Scene("rare", tuple(BACKGROUNDS["rare"])[rng.integers(2)], tuple(objects))

@@ -4,19 +4,18 @@ import dataclasses
 from collections.abc import Iterator
 
 from cm3jax import config
-from cm3jax.data import example, scenes
+from cm3jax.data import example, scenes, scenes_world
 from cm3jax.data.example import Example
 from cm3jax.types import UserError
 
 COUNT = 20_000  # training scenes where the config names no count
 HELD_OUT = 1024  # scenes of each other split: issue figures want at least 512
-SPLITS = ("train", "validation", "test", "composition")
-LEVELS = ("easy", "full")
+BANK = 8192  # scenes of the split `bank` of scenes:rare: about six of each of its 1,200 names
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """`count` training scenes and `HELD_OUT` of each other split."""
+    """`count` training scenes, `BANK` of the split that is retrieved from, and `HELD_OUT` of each other split."""
 
     level: str
     seed: int
@@ -24,18 +23,20 @@ class Scenes:
     count: int
 
     def size(self, split: str) -> int:
-        return self.count if split == "train" else HELD_OUT
+        return {"train": self.count, "bank": BANK}.get(split, HELD_OUT)
 
     def fingerprint(self) -> list:
-        return [self.level, self.seed, self.resolution, self.count, HELD_OUT]
+        facts = [self.level, self.seed, self.resolution, self.count, HELD_OUT]
+        return [*facts, BANK] if self.level == "rare" else facts
 
     def total(self, jobs: list) -> int:
-        return sum(self.size(split) for split in SPLITS)
+        return sum(self.size(split) for split in scenes_world.splits(self.level))
 
     def jobs(self, shards: int) -> list[list]:
         """Cut every split into `shards` ranges: a job is [[split, first, stop], ...]."""
         shards = example.shards(self.count, shards)
-        cut = {split: [self.size(split) * i // shards for i in range(shards + 1)] for split in SPLITS}
+        splits = scenes_world.splits(self.level)
+        cut = {split: [self.size(split) * i // shards for i in range(shards + 1)] for split in splits}
         return [[[split, ends[i], ends[i + 1]] for split, ends in cut.items()] for i in range(shards)]
 
     def read(self, job: list) -> Iterator[Example]:
@@ -47,12 +48,12 @@ class Scenes:
 
 
 def open(prepare: config.Prepare) -> Scenes:
-    """Return the source of `scenes:easy` or `scenes:full`.
+    """Return the source of `scenes:easy`, `scenes:full` or `scenes:rare`.
 
     Raises:
       UserError: for another level.
     """
     level = prepare.source.partition(":")[2]
-    if level not in LEVELS:
-        raise UserError(f"source {prepare.source!r}: no such level; use scenes:easy or scenes:full")
+    if level not in scenes_world.LEVELS:
+        raise UserError(f"source {prepare.source!r}: no such level; use scenes:easy, scenes:full or scenes:rare")
     return Scenes(level, prepare.seed, prepare.resolution, prepare.count or COUNT)

@@ -1,0 +1,56 @@
+"""Retrieval in small: named things of `scenes:rare`, whose looks a memory bank tells; half an hour on two CPU cores.
+
+cm3jax run configs/retrieval.py
+python -m launch.retrieval_ablation         what the memory brings: trains six decoders, see there
+"""
+
+import dataclasses
+import pathlib
+
+from cm3jax import config as configs
+
+quickstart = configs.load(pathlib.Path(__file__).with_name("quickstart.py"))
+change = dataclasses.replace
+muon = change(quickstart.decoder.training.optimizer, warmup=100)
+
+config = change(
+    quickstart,
+    name="retrieval",
+    # 48 pixels are 36 codes, with a caption 51 tokens on average and 59 at most: four documents fill a row.
+    prepare=change(quickstart.prepare, source="scenes:rare", resolution=48, count=20_000),
+    retrieve=True,
+    retriever=configs.Retriever(
+        model=configs.CLIP(
+            resolution=48,
+            patch=16,
+            vision_width=128,
+            vision_layers=2,
+            vision_heads=4,
+            context=24,
+            text_width=128,
+            text_layers=2,
+            text_heads=4,
+            size=128,
+        ),
+        training=configs.Training(
+            steps=1200,
+            batch=128,
+            evaluate_every=400,
+            optimizer=configs.Optimizer(peak_lr=1e-3, warmup=100, schedule="cosine", final_fraction=0.02),
+        ),
+    ),
+    # The decoder learns from neighbours of the training split alone; what it draws with may be of any bank.
+    bank=configs.Bank(splits=("train",)),
+    decoder=change(
+        quickstart.decoder,
+        packing=change(quickstart.decoder.packing, length=232, documents=0, picture=36),
+        mask=change(quickstart.decoder.mask, spans=1.0),
+        retrieved=configs.Retrieved(least=0, most=3),
+        training=change(quickstart.decoder.training, steps=3000, batch=16, optimizer=muon),
+    ),
+    evaluate=change(
+        quickstart.evaluate,
+        draw=(configs.Sampling(temperature=0.5), configs.Sampling(temperature=0.25)),
+        documents=(0, 1, 2),
+    ),
+)
