@@ -353,14 +353,18 @@ class Retriever:
 
     weights: str = ""
     """Folder of published weights (model.safetensors, vocab.json, merges.txt; with config.json if Hugging Face's);
-    "": train `model` on the pairs of the training split, with the run's own text tokenizer."""
+    "": train `model` on the pairs of `splits`, with the run's own text tokenizer."""
     model: CLIP = CLIP()
+    splits: tuple[str, ...] = ("train",)
+    """Splits whose pairs it is trained on; validation and test are refused."""
     training: Training = Training(steps=10_000, batch=1024)
     init_temperature: float = 0.07
     """First temperature of the contrastive loss (arXiv 2103.00020 §2.3); it is learned."""
 
     def __post_init__(self):
         within(self, "retriever", 1e-4, 100, "init_temperature")
+        if not self.splits or {"test", "validation"} & set(self.splits):
+            raise ValueError(f"retriever.splits = {self.splits}: must be one or more, without validation and test")
 
 
 @dataclasses.dataclass(frozen=True)

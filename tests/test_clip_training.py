@@ -181,7 +181,7 @@ def test_batches_are_the_same_from_any_step_and_for_any_hosts(prepared, tokenize
 
 
 def test_a_row_is_a_text_with_its_own_picture(prepared, tokenizer):
-    make = pair_batches.Pairs(prepared, "train", STAGE, tokenizer)
+    make = pair_batches.Pairs(prepared, STAGE.splits, STAGE, tokenizer)
     for caption, picture in map(make.choose, range(2 * len(make.reader))):
         names = caption.split(" beside ")
         assert [tuple(picture[10, x]) for x in (5, 15)] == [COLOURS[name] for name in names]
@@ -191,7 +191,7 @@ def test_data_without_a_pair_gives_one_clear_line(tmp_path, tokenizer):
     with shards.Writer(tmp_path, "train") as writer:
         writer.write(Record("0", ("red",)))
     with pytest.raises(UserError, match=r"no text with a picture in 100 records.*retriever.weights"):
-        pair_batches.Pairs(tmp_path, "train", STAGE, tokenizer)(0)
+        pair_batches.Pairs(tmp_path, STAGE.splits, STAGE, tokenizer)(0)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """Yield this host's share of the training batches from `start_step` on, without end; see `Pairs`."""
-    make = Pairs(prepared, "train", stage, tokenizer, process_index, process_count)
+    make = Pairs(prepared, stage.splits, stage, tokenizer, process_index, process_count)
     return iter(
         pipeline.iterate(grain.MapDataset.range(start_step, pipeline.FOREVER).map(make), stage.training.workers)
     )
@@ -43,7 +43,7 @@ def eval_batches(
     A validation split smaller than one batch gives one, with pairs repeated, each of which then counts as a wrong
     answer for the other.
     """
-    make = Pairs(prepared, "validation", stage, tokenizer, process_index, process_count)
+    make = Pairs(prepared, ("validation",), stage, tokenizer, process_index, process_count)
     whole = max(1, len(make.reader) // stage.training.batch)
     return (make(step) for step in range(min(whole, stage.training.evaluate_batches)))
 
@@ -54,7 +54,7 @@ class Pairs:
     def __init__(
         self,
         prepared,
-        split: str,
+        splits: tuple[str, ...],
         stage: Retriever,
         tokenizer: clip.Tokenizer,
         process_index: int = 0,
@@ -63,8 +63,8 @@ class Pairs:
         batch = stage.training.batch
         if batch % process_count:
             raise UserError(f"retriever.training.batch = {batch}: must be a multiple of the {process_count} processes")
-        self._arguments = (prepared, split, stage, tokenizer, process_index, process_count)
-        self.reader, self.stage, self.tokenizer = shards.Reader(prepared, split), stage, tokenizer
+        self._arguments = (prepared, splits, stage, tokenizer, process_index, process_count)
+        self.reader, self.stage, self.tokenizer = shards.Reader(prepared, *splits), stage, tokenizer
         self.share = batch // process_count
         self.first = process_index * self.share
         self.order = functools.lru_cache(2)(self._order)

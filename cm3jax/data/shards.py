@@ -133,13 +133,14 @@ def splits(folder) -> list[str]:
 
 
 class Reader:
-    """Random access to one split: `len(reader)`, `reader[i]`, `for record in reader`. Can be pickled."""
+    """Random access to splits, end to end: `len(reader)`, `reader[i]`, `for record in reader`. Can be pickled."""
 
-    def __init__(self, folder, split: str):
+    def __init__(self, folder, *splits: str):
         found = files(folder)
-        if split not in found:
-            raise UserError(f"{str(folder)!r}: no split {split!r}; found: {', '.join(sorted(found)) or 'none'}")
-        self._open(found[split])
+        for split in splits:
+            if split not in found:
+                raise UserError(f"{str(folder)!r}: no split {split!r}; found: {', '.join(sorted(found)) or 'none'}")
+        self._open([path for split in splits for path in found[split]])
 
     @classmethod
     def of(cls, paths: list[pathlib.Path]) -> "Reader":
