@@ -677,6 +677,8 @@ def command(argv: list[str]) -> int | None:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"
+        if longer := [name for name in VERBS if name.startswith(f"{verb} ")]:
+            hint = f"say {' or '.join(longer)}"
         raise UserError(f"{verb!r}: no such verb; {hint}")
     return flags.parse(VERBS[verb], rest, f"cm3jax {verb}", defaults(verb, rest))()
 
