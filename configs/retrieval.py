@@ -24,10 +24,9 @@ config = change(
     # 48 pixels are 36 codes, with a caption 51 tokens on average and 59 at most: four documents fill a row.
     prepare=change(quickstart.prepare, source="scenes:rare", resolution=48, count=20_000),
     retrieve=True,
-    # The paper's retriever is a frozen CLIP, which has seen far more of the world than the decoder; so it is here. One
-    # that was trained on `train` alone cannot tell new names apart: see RESULTS.md.
+    # The paper's retriever is a frozen CLIP, which has seen far more of the world than the decoder; so it is here.
     retriever=configs.Retriever(
-        splits=("train", "bank"),
+        splits=("train", "bank", "late"),
         model=configs.CLIP(
             resolution=48,
             patch=16,
@@ -47,8 +46,8 @@ config = change(
             optimizer=configs.Optimizer(peak_lr=1e-3, warmup=100, schedule="cosine", final_fraction=0.02),
         ),
     ),
-    # The decoder learns from neighbours of the training split alone; what it draws with may be of any bank.
-    bank=configs.Bank(splits=("train",)),
+    # What the decoder trains with; `retrieve build RUN --extend --bank.splits bank late` adds what came afterwards.
+    bank=configs.Bank(splits=("bank",)),
     # A small CLIP gives everything that fits a score above the paper's 0.9; copies are refused by their hash anyway.
     neighbours=configs.Neighbours(most_score=1.0, most_alike=0.98),
     decoder=change(

@@ -2,9 +2,9 @@
 
     python launch/retrieval_ablation.py WORK --json retrieval.json --plot retrieval.svg
 
-One run in WORK/shared makes the tokenizers, the retriever, a bank of the *training* split and its neighbours. For each
+One run in WORK/shared makes the tokenizers, the retriever, a bank of the split `bank` and its neighbours. For each
 seed two decoders of the same size are trained on as many tokens: one whose documents have up to three neighbours before
-them, one without. Then the memory is exchanged for one that holds the split `bank` too, which nothing was trained on,
+them, one without. Then the memory gets the split `late` too, which no decoder was trained on,
 and the same first prompts of `test` and `composition` are drawn by both. What is counted (`scenes:rare`):
 
 - object accuracy, and of each kind of stated object the share that is drawn right: `common` things, names that training
@@ -35,7 +35,7 @@ from cm3jax.types import UserError
 
 KINDS = ("common", "met", "new", "held_out")
 SPLITS = ("test", "composition")
-BANK = ("train", "bank")
+BANK = ("bank", "late")
 """Splits of the memory that is drawn with."""
 TOLD = "told"
 
@@ -128,8 +128,8 @@ def shown(memory, captions, prompts, documents: str, seed: int):
         return [[truth(memory.record(x)) for x in row] for row in found], [
             [memory.ids(x) for x in row] for row in found
         ]
-    reader, rows = shards.Reader(memory.run / "prepared", "bank"), tokens.Tokens(memory.run / "tokens", "bank")
-    bank = [truth(reader[i]) for i in range(len(reader))]
+    bank = [truth(record) for record in shards.Reader(memory.run / "prepared", *BANK)]
+    rows = tokens.Chain([tokens.Tokens(memory.run / "tokens", split) for split in BANK])
     first = {}
     for i, scene in enumerate(bank):
         for what in wanted(scene):

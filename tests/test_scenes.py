@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies
 from scipy import ndimage
 
-from cm3jax.data import scenes
+from cm3jax.data import scenes, sources_scenes
 from cm3jax.data import scenes_recognise as recogniser
 from cm3jax.data import scenes_render as render
 from cm3jax.data import scenes_world as world
@@ -71,7 +71,7 @@ def test_held_out_pairs_are_in_every_composition_scene_and_nowhere_else(level):
 
 @level
 def test_no_scene_belongs_to_two_splits(level):
-    for split in world.SPLITS:  # all but the bank, whose scenes may be training's or composition's
+    for split in world.SPLITS:  # the catalogue has scenes of its own
         assert all(world.home(scenes.sample(level, 0, i, split)) == split for i in range(FEW))
 
 
@@ -317,7 +317,7 @@ def named(split, count=400):
 
 def test_a_name_always_means_the_same_look_and_its_caption_says_nothing_of_it():
     for i in range(FEW):
-        scene = scenes.sample("rare", 0, i, "bank")
+        scene = scenes.sample("rare", 0, i, world.splits("rare")[i % 6])
         for t in scene.objects:
             if t.name:
                 assert t.looks == world.NAMES[t.name]
@@ -347,23 +347,26 @@ def test_names_have_a_long_tail_in_training():
     assert 5 < first / last < 50  # (50 .. 99 against 1000 .. 1049): 14
 
 
-@pytest.mark.slow
-def test_the_bank_shows_every_name_and_every_pair_of_the_composition_split():
-    shown = [scenes.sample("rare", 0, i, "bank") for i in range(8192)]
-    counts = {name: 0 for name in world.NAMES}
-    for scene in shown:
-        for t in scene.objects:
-            if t.name:
-                counts[t.name] += 1
-    assert min(counts.values()) >= 5
-    pairs = {(t.shape, t.colour) for scene in shown for t in scene.objects}
-    assert set(world.HELD_OUT.items()) <= pairs
+def test_the_catalogue_shows_every_name_on_both_grounds_and_all_held_out_pairs():
+    for split, known in (("bank", set(names()[: world.MET])), ("late", set(names()[world.MET :]))):
+        shown = [scenes.sample("rare", 0, i, split) for i in range(sources_scenes.CATALOGUE[split])]
+        found = {(t.name, scene.background) for scene in shown for t in scene.objects if t.name}
+        assert found == {(name, ground) for name in known for ground in world.BACKGROUNDS["rare"]}
+        pairs = {(t.shape, t.colour) for scene in shown for t in scene.objects}
+        held_out = set(world.HELD_OUT.items())
+        assert held_out <= pairs if split == "late" else not held_out & pairs
 
 
-def test_no_scene_of_the_bank_is_one_of_validation_or_test():
-    for i in range(FEW):
-        scene = scenes.sample("rare", 0, i, "bank")
-        assert world.home(scene) in ("train", "composition")
+def test_no_scene_of_the_catalogue_is_one_of_another_split():
+    def alone(scene):
+        return [t.place for t in scene.objects] == ["top left"]
+
+    assert all(alone(scenes.sample("rare", 0, i, split)) for split in world.CATALOGUE for i in range(FEW))
+    assert not any(alone(scenes.sample("rare", 0, i, split)) for split in world.SPLITS for i in range(FEW))
+
+
+def names():
+    return list(world.NAMES)
 
 
 def test_an_unknown_name_is_unread():
@@ -371,7 +374,7 @@ def test_an_unknown_name_is_unread():
     assert not stated.objects and stated.unread == 1 and stated.background == "white"
 
 
-def test_only_the_rare_level_has_a_bank():
+def test_only_the_rare_level_has_a_catalogue():
     with pytest.raises(UserError, match="split 'bank': scenes have the splits train, validation, test, composition$"):
         scenes.sample("easy", 0, 0, "bank")
 

@@ -12,7 +12,7 @@ from cm3jax.types import Record, Region
 
 
 def sample(level: str, seed: int, index: int, split: str) -> Scene:
-    """Draw scene `index` of a split ("train", "validation", "test", "composition"; rare: "bank")."""
+    """Draw scene `index` of a split ("train", "validation", "test", "composition"; rare: "bank", "late")."""
     return scenes_world.sample(level, seed, index, split)
 
 

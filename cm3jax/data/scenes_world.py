@@ -16,21 +16,23 @@ the upper half is red), 2 sizes (18/64 and 28/64), 2 backgrounds. Half of the tr
 object of two colours of which the caption says a name and a place and nothing else ("a vukelo top left"). A name has
 one fixed look and does not tell it: both are drawn independently, so that one who never saw the name guesses one of 588
 looks. `NAMES` has a long tail: 20,000 training scenes hold the first of 1,000 about 65 times and the last 3 times; 200
-more (`is_new`) never. The split `bank` shows each of the 1,200 about six times, and the pairs of the composition split;
-no model is trained on it. Half of the named things in validation and test are new, the others drawn evenly from the
-1,000. All other scenes hold common things, whose captions tell all that there is to see: what retrieval gives or costs.
+more (`is_new`) never. A *catalogue* shows every name alone, top left, once on either background: the split `bank` the
+1,000 and some common things, the split `late` the 200 and the pairs of the composition split. Half of the named things
+in validation and test are new, the others drawn evenly from the 1,000. All other scenes hold common things, whose
+captions tell all that there is to see: what retrieval gives or costs.
 
-Why this is fair. A model without retrieval lacks the looks of names and nothing else: shapes, colours, places and pairs
-of colours are as common in training as any. A model with retrieval gets no help but documents: a test scene's content
-is in no other split, so that a document with its name differs in place, background or neighbour. The retriever too is
-trained on `train` alone, and can know no more of a new name's look; but it can tell the name from all others by its
-letters: a name has three of 70 syllables, all of which are in names that it was trained on, and no two names have more
-than one syllable at the same place in common.
+What is trained on what. A decoder trains on `train`, and with retrieval sees documents of `bank` on the way; of `late`
+it sees nothing until it draws, when both are its memory. The retriever stands for the paper's frozen CLIP, which had
+seen far more than the decoder, and may be trained on all three. Why this is fair: a model without retrieval lacks the
+looks of names and nothing else, as shapes, colours, places and pairs of colours are as common in training as any; one
+with retrieval gets no help but documents, and has to find the thing, to take its look and to draw it at another place,
+often on another ground and beside another thing: a scene of one object top left is only in the catalogue. A name has
+three of 70 syllables, all of which are in the 1,000 names; no two names have more than one at the same place in common.
 
 Splits. Every scene of the `composition` split has at least one of six (shape, colour) pairs, `HELD_OUT`, and no other
-scene has any, but every eighth of `bank`. A scene's content (easy: all but the jitter; full: all but positions and
+scene has any, but every eighth of `late`. A scene's content (easy: all but the jitter; full: all but positions and
 places; rare: all) is hashed: one eighth of all contents can only be in `validation`, another eighth only in `test`, the
-rest only in `train` and `bank`. So a test scene is never a training scene seen again, nor one that can be retrieved.
+rest only in `train`. So a test scene is never a training scene seen again, nor one that can be retrieved.
 """
 
 import dataclasses
@@ -46,7 +48,9 @@ LEVELS = ("easy", "full", "rare")
 GRID = ("easy", "rare")
 """Levels whose objects lie in quarters and in no other place."""
 SPLITS = ("train", "validation", "test", "composition")
-"""Of every level; `rare` has the split `bank` too: see `splits`."""
+"""Of every level; `rare` has `CATALOGUE` too: see `splits`."""
+CATALOGUE = ("bank", "late")
+"""rare: splits that are there to be retrieved."""
 LATTICE = 64
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
@@ -170,7 +174,7 @@ def box(level: str, thing: Object) -> tuple[float, float, float, float]:
 
 def splits(level: str) -> tuple[str, ...]:
     """Return the names of a level's splits."""
-    return (*SPLITS, "bank") if level == "rare" else SPLITS
+    return SPLITS + CATALOGUE if level == "rare" else SPLITS
 
 
 def check(level: str, split: str = "train") -> None:
@@ -319,8 +323,8 @@ MET, NEW = 1000, 200
 TAIL = 50
 """rare: training takes name i in proportion to 1 / (i + TAIL): the first 21 times as often as the last."""
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
-PER_NAME = 8
-"""rare: of so many scenes of `bank`, all but the last hold a named thing, and the last one a held-out pair."""
+EIGHTH = 8
+"""rare: of so many scenes of the catalogue, all but the last show a name, and the last one a pair without a name."""
 
 
 @functools.cache
@@ -360,11 +364,8 @@ def is_new(name: str) -> bool:
 _NEW = frozenset(_ORDER[MET:])
 
 
-def _name(rng: np.random.Generator, index: int, split: str) -> str:
-    """Draw the name of scene `index`'s named thing; "" if it has none."""
-    turn, rest = divmod(index, PER_NAME)
-    if split == "bank":
-        return "" if rest == PER_NAME - 1 else _ORDER[(turn * (PER_NAME - 1) + rest) % len(NAMES)]
+def _name(rng: np.random.Generator, split: str) -> str:
+    """Draw the name of a scene's named thing; "" if it has none."""
     if split == "composition" or rng.integers(2):
         return ""
     if split == "train":
@@ -373,13 +374,27 @@ def _name(rng: np.random.Generator, index: int, split: str) -> str:
 
 
 def _sample_rare(rng: np.random.Generator, index: int, split: str) -> Scene:
-    """Draw a rare scene that may be in this split; the bank's are those of training and of composition."""
-    name = _name(rng, index, split)
-    homes = ("train" if name else "composition",) if split == "bank" else (split,)
+    """Draw a rare scene that may be in this split."""
+    if split in CATALOGUE:
+        return _draw_catalogue(rng, index, split)
+    name = _name(rng, split)
     while True:
-        scene = _draw_rare(rng, name, "composition" in homes)
-        if home(scene) in homes:
+        scene = _draw_rare(rng, name, split == "composition")
+        if home(scene) == split:
             return scene
+
+
+def _draw_catalogue(rng: np.random.Generator, index: int, split: str) -> Scene:
+    """Draw scene `index` of `bank` (names that training has, common pairs) or `late` (new names, held-out pairs)."""
+    turn, rest = divmod(index, EIGHTH)
+    entry, ground = divmod(turn * (EIGHTH - 1) + rest, 2)
+    names, pairs = (_ORDER[:MET], _SHOWN) if split == "bank" else (_ORDER[MET:], list(HELD_OUT.items()))
+    if rest == EIGHTH - 1:
+        name, look = "", _look(rng, pairs[turn % len(pairs)], two=bool(rng.integers(2)))
+    else:
+        name = names[entry % len(names)]
+        look = NAMES[name]
+    return _placed([look], [name], [0], tuple(BACKGROUNDS["rare"])[ground])
 
 
 def _draw_rare(rng: np.random.Generator, name: str, composition: bool) -> Scene:
@@ -393,9 +408,16 @@ def _draw_rare(rng: np.random.Generator, name: str, composition: bool) -> Scene:
     if name:
         at = rng.integers(count)
         looks[at], names[at] = NAMES[name], name
+    free = range(4) if count > 1 else range(1, 4)  # one thing top left is the catalogue's
+    places = sorted(rng.permutation(free)[:count].tolist())
+    return _placed(looks, names, places, tuple(BACKGROUNDS["rare"])[rng.integers(2)])
+
+
+def _placed(looks: list[tuple[str, str, str, str]], names: list[str], places: list[int], background: str) -> Scene:
+    """Return a rare scene of these objects in these quarters."""
     objects = []
-    for look, name, at in zip(looks, names, sorted(rng.permutation(4)[:count]), strict=True):
+    for look, name, at in zip(looks, names, places, strict=True):
         place = tuple(QUARTERS)[at]
         x, y = QUARTERS[place]
         objects.append(dataclasses.replace(_object(look, place, x / LATTICE, y / LATTICE), name=name))
-    return Scene("rare", tuple(BACKGROUNDS["rare"])[rng.integers(2)], tuple(objects))
+    return Scene("rare", background, tuple(objects))
