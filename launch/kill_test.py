@@ -2,7 +2,7 @@
 
     nice -n 5 .venv/bin/python launch/kill_test.py --out /tmp/kills --kills 50 --seed 0
 
-Each cell trains the decoder or the image tokenizer through `cm3jax train`, in one process or in two over loopback. A
+Each cell trains the decoder, the image tokenizer or the retriever through `cm3jax train`, in one process or in two over loopback. A
 kill is SIGKILL or SIGTERM to one process or to both, at a moment drawn from the start-up and the first steps of a life;
 in the cell `large` (a state of more than 500 MB), within the time from 'save started' to 'committed'. Then the same
 command is given again. A run that reaches its end must equal the undisturbed one: every step's loss and batch bit for
@@ -37,14 +37,14 @@ if "--out" in sys.argv[:-1]:  # a second start of a training need not compile ag
 import numpy as np
 
 from cm3jax import checkpoint, cli, config, hosts, metrics, run, sharding, trees  # noqa: F401
-from cm3jax.data import pipeline, tokens  # noqa: F401
-from cm3jax.train import lm, loop, vqgan  # noqa: F401
+from cm3jax.data import pair_batches, pipeline, tokens  # noqa: F401
+from cm3jax.train import clip, lm, loop, vqgan  # noqa: F401
 
 REACH = 8
 """Most steps that a life does before it is killed: two saves."""
 MINUTE = 60.0
 """A dead host must have taken the others down by then."""
-COMPARED = ("loss", "gradient", "perplexity", "usage", "psnr", "l1", "l2")
+COMPARED = ("loss", "gradient", "temperature", "text_accuracy", "image_accuracy", "perplexity", "usage", "psnr", "l1", "l2")
 """Metrics that do not depend on time, by how their names begin."""
 RECIPE = '''"""Made by launch/kill_test.py."""
 import dataclasses
@@ -60,6 +60,10 @@ config = replace(
     text=replace(base.text, sample=300),
     image=replace(image, model=replace(image.model, width=16, decoder_blocks=1), seed_after=5,
                   training=replace(image.training, **often, ema=0.9)),
+    retriever=c.Retriever(
+        model=c.CLIP(resolution=32, patch=8, vision_width={width}, vision_layers=1, vision_heads=2, context=24,
+                     text_width={width}, text_layers=1, text_heads=2, size=16),
+        training=replace(base.decoder.training, **often, ema=0.9)),
     decoder=replace(decoder, model=replace(decoder.model, layers={layers}, width={width}, heads=2),
                     packing=replace(decoder.packing, picture=16),
                     training=replace(decoder.training, **often, ema=0.9)),
@@ -90,6 +94,7 @@ CELLS = (
     Cell("image-2", "image", 2, 0.16),
     Cell("decoder-1", "decoder", 1, 0.2),
     Cell("image-1", "image", 1, 0.16),
+    Cell("retriever-2", "retriever", 2, 0.16),
     Cell("large", "decoder", 2, 0.24, steps=14, save=2, batch=2, layers=1, width=1920, aimed=True),
 )
 
