@@ -2,8 +2,8 @@
 
     nice -n 5 .venv/bin/python launch/kill_test.py --out /tmp/kills --kills 50 --seed 0
 
-Each cell trains the decoder, the image tokenizer or the retriever through `cm3jax train`, in one process or in two over loopback. A
-kill is SIGKILL or SIGTERM to one process or to both, at a moment drawn from the start-up and the first steps of a life;
+Each cell trains the decoder, the image tokenizer or the retriever through `cm3jax train`, in one process or in two over
+loopback. A kill is SIGKILL or SIGTERM to one process or to both, at a moment drawn from the start-up and the first steps of a life;
 in the cell `large` (a state of more than 500 MB), within the time from 'save started' to 'committed'. Then the same
 command is given again. A run that reaches its end must equal the undisturbed one: every step's loss and batch bit for
 bit on every host, each step logged once, and all final weights. Exit code 0 if every law held; the report is
@@ -44,7 +44,18 @@ REACH = 8
 """Most steps that a life does before it is killed: two saves."""
 MINUTE = 60.0
 """A dead host must have taken the others down by then."""
-COMPARED = ("loss", "gradient", "temperature", "text_accuracy", "image_accuracy", "perplexity", "usage", "psnr", "l1", "l2")
+COMPARED = (
+    "loss",
+    "gradient",
+    "temperature",
+    "text_accuracy",
+    "image_accuracy",
+    "perplexity",
+    "usage",
+    "psnr",
+    "l1",
+    "l2",
+)
 """Metrics that do not depend on time, by how their names begin."""
 RECIPE = '''"""Made by launch/kill_test.py."""
 import dataclasses
