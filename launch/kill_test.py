@@ -3,11 +3,11 @@
     nice -n 5 .venv/bin/python launch/kill_test.py --out /tmp/kills --kills 50 --seed 0
 
 Each cell trains the decoder, the image tokenizer or the retriever through `cm3jax train`, in one process or in two over
-loopback. A kill is SIGKILL or SIGTERM to one process or to both, at a moment drawn from the start-up and the first steps of a life;
-in the cell `large` (a state of more than 500 MB), within the time from 'save started' to 'committed'. Then the same
-command is given again. A run that reaches its end must equal the undisturbed one: every step's loss and batch bit for
-bit on every host, each step logged once, and all final weights. Exit code 0 if every law held; the report is
-OUT/report.json.
+loopback. A kill is SIGKILL or SIGTERM to one process or to both, at a moment drawn from the start-up and the first
+steps of a life; in the cell `large` (a state of more than 500 MB), within the time from 'save started' to 'committed'.
+Then the same command is given again. A run that reaches its end must equal the undisturbed one: every step's loss and
+batch bit for bit on every host, each step logged once, and all final weights. Exit code 0 if every law held; the report
+is OUT/report.json.
 """
 
 import argparse
