@@ -29,8 +29,8 @@ on a disk that all hosts see. I of N is each host's own number; a host that was 
     cm3jax encode RUN --tokens.batch 512 --tokens.workers 16 --host I --hosts N
 
 5. Decoder: 100k steps of 512 x 4096 tokens, 210 billion, about 20 epochs; 2 checkpoints of 4.5 GB. On v5e-64 25 to 43
-   hours, by the first line's estimate (1,527 to 2,705 chip-hours); the third one is for a machine that sees the run in a
-   bucket only:
+   hours, 1,527 to 2,705 chip-hours, by the first line's estimate; the third line is for a machine that sees the run in
+   a bucket only:
 
     cm3jax plan configs/public.py --topology v5e-64
     cm3jax train configs/public.py --inputs RUN
