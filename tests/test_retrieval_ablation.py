@@ -92,7 +92,7 @@ def test_models_of_three_sizes_keep_the_width_of_a_head():
 @pytest.mark.slow
 def test_both_experiments_run_at_toy_size_and_continue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sources_scenes, "HELD_OUT", 16)
-    monkeypatch.setattr(sources_scenes, "BANK", 64)
+    monkeypatch.setattr(sources_scenes, "CATALOGUE", {"bank": 48, "late": 48})
     monkeypatch.setattr(candidates, "COUNTS", (1, 2))
     monkeypatch.setattr(candidates, "WEIGHTS", (1.0, 2.0))
     recipe = tmp_path / "toy.json"
