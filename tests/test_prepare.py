@@ -1,11 +1,9 @@
 """Laws of prepare: splits, continuing, counting, and what it never does."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +205,11 @@ if __name__ == "__main__":
 """
 
 
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to a command in the background, pytest perhaps: Ctrl-C is ignored by all below it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_killed_continues_to_the_same_bytes(tmp_path, how):
@@ -214,16 +217,13 @@ def test_a_run_that_is_killed_continues_to_the_same_bytes(tmp_path, how):
     out = tmp_path / "out"
     command = [sys.executable, str(tmp_path / "script.py"), str(out)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    for _ in range(5):  # on a busy machine it may end before this process looks again
-        shutil.rmtree(out, ignore_errors=True)
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while process.poll() is None and not list(out.glob(".work-*/?????")):
-            time.sleep(0.02)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        errors = process.communicate(timeout=60)[1]
-        if not (out / "summary.json").exists():
-            break
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_ctrl_c
+    )
+    while process.poll() is None and not list(out.glob(".work-*/?????")):
+        time.sleep(0.02)
+    os.killpg(process.pid, how)
+    errors = process.communicate(timeout=60)[1]
     assert process.returncode != 0 and not (out / "summary.json").exists()
     assert how == signal.SIGKILL or "KeyboardInterrupt" in errors
     assert how == signal.SIGKILL or not list(out.glob(".work-*/*.tmp"))
