@@ -167,13 +167,20 @@ def test_a_file_that_does_not_fit_is_refused_with_its_name_and_the_tensors(name,
     assert len(str(e.value)) < 700
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Return the path of a file to overwrite, and a good file's bytes."""
+    path = tmp_path_factory.mktemp("small") / "a"
+    safetensor_files.write(path, held({"wq": np.ones((2, 3), np.float32), "wk": np.ones(5, np.float16)}))
+    return path, path.read_bytes()
+
+
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=200)
-def test_a_file_with_changed_bytes_is_read_within_its_bounds_or_refused(tmp_path_factory, data):
+def test_a_file_with_changed_bytes_is_read_within_its_bounds_or_refused(small, data):
     """Wherever in length and header the bytes are changed."""
-    path = tmp_path_factory.mktemp("changed") / "a"
-    safetensor_files.write(path, held({"wq": np.ones((2, 3), np.float32), "wk": np.ones(5, np.float16)}))
-    whole = bytearray(path.read_bytes())
+    path, good = small
+    whole = bytearray(good)
     for _ in range(data.draw(st.integers(1, 3))):
         whole[data.draw(st.integers(0, len(whole) - 34))] = data.draw(st.integers(0, 255))
     path.write_bytes(whole)

@@ -92,7 +92,7 @@ BROKEN = {
     ),
     "a tensor twice": (
         lambda f: (f / safetensor_files.INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'),
-        "neither safetensors nor torch.save nor an index",
+        r"index.json: not an index of shards \('a' stands twice\)",
     ),
     "no map": (lambda f: (f / safetensor_files.INDEX).write_text('{"weight_map": []}'), r"weight_map \[\] must be"),
 }

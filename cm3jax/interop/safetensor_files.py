@@ -164,8 +164,6 @@ def write(path, tensors: dict[str, mapped.Tensor], metadata: dict[str, str] | No
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 file.write(_bytes(name, tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

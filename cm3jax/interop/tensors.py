@@ -64,9 +64,10 @@ def _within(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _json(path: pathlib.Path, strict: bool = True) -> dict[str, Any]:
-    """Return a JSON object; if not strict, an empty one where there is none."""
+    """Return a JSON object; if not strict, an empty one where there is none, and keys may stand twice."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=safetensor_files.once)
+        hook = safetensor_files.once if strict else None
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
         if isinstance(data, dict):
             return data
         error: Any = "not an object"
