@@ -12,7 +12,7 @@ from typing import Any
 
 MOST_BITS = 128
 """Of a whole number; no pickle of weights needs more, and longer ones take Python long to print."""
-MOST_COPIED = 2**26
+MOST_COPIED = 2**23
 """Members and letters of all that is handed to functions: the same long list can be handed over again and again."""
 
 

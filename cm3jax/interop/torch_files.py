@@ -67,7 +67,7 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 """The first two objects of a file of the old kind."""
 MOST_PICKLE = 2**28
 """Bytes of the objects without the numbers: Meta's 7B has 50 KB; it is read into memory, and takes a minute."""
-MOST_THINGS, MOST_DEPTH = 2_000_000, 64
+MOST_THINGS, MOST_DEPTH = 1_000_000, 64
 """Of the objects: a few instructions can make a list of lists that has more members than there are atoms."""
 SAFE = "nothing was executed; save the weights alone with torch.save(model.state_dict(), FILE), or take safetensors"
 AGAIN = "the file is damaged or was made wrongly; fetch it again"
