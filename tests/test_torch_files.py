@@ -32,7 +32,7 @@ def saved(path, thing, kind="zip", **options):
 def bits(x):
     """Return a tensor's or an array's numbers as bytes, in the order of its shape."""
     if isinstance(x, torch.Tensor):
-        return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return x.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
     return x.tobytes()
 
 
@@ -300,8 +300,8 @@ def test_a_pickle_that_would_run_code_or_is_broken_is_refused_by_name(name, tmp_
         (Plain(), "test_torch_files.Plain"),
         (WithState(a=1), "test_torch_files.WithState"),
         (torch.nn.Linear(2, 3), "torch.nn.modules.linear.Linear"),
-        (torch.eye(3).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
-        (np.float32(3), "numpy._core.multiarray.scalar"),
+        (torch.eye(3).to_sparse(), "torch.serialization._get_layout"),
+        (np.float32(3), "numpy.dtype"),
     ],
 )
 def test_what_torch_itself_saved_and_would_run_code_is_refused_by_name(kind, thing, named, tmp_path, monkeypatch):
@@ -420,7 +420,8 @@ def test_a_tensor_that_does_not_fit_its_storage_is_refused_by_name(name, tmp_pat
     path = archive(tmp_path / "a", claim(**changes), {"0": STORED})
     with pytest.raises(UserError) as e:
         tensors.open(path)
-    assert f"{path}: tensor 'wq': {message}" in str(e.value) and "\n" not in str(e.value)
+    assert str(e.value).startswith(f"{path}: tensor 'wq': ") and "\n" not in str(e.value)
+    assert message in str(e.value)
 
 
 def test_a_compressed_entry_is_refused_by_name(tmp_path):

@@ -136,8 +136,6 @@ def _zip(path: pathlib.Path) -> tuple[Any, Places]:
     if len(roots) != 1:
         raise UserError(f"{path}: a zip file with {len(roots)} entries NAME/data.pkl, must have one; not torch.save's")
     root = roots[0]
-    if f"{root}constants.pkl" in entries:
-        raise UserError(f"{path}: a TorchScript program, not plain weights; {SAFE}")
     if _bytes(path, entries, f"{root}byteorder", b"little") != b"little":
         raise UserError(f"{path}: was written by a big-endian machine; save it again on another")
     tree = pickles.load(io.BytesIO(_bytes(path, entries, f"{root}data.pkl")), CALLS, _persistent)
@@ -157,6 +155,8 @@ def _entries(path: pathlib.Path) -> dict[str, tuple[int, int, int]]:
             listed = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as e:
         raise UserError(f"{path}: not a whole zip file ({e}); {AGAIN}") from None
+    if any(info.filename.count("/") == 1 and info.filename.endswith("/constants.pkl") for info in listed):
+        raise UserError(f"{path}: a TorchScript program, not plain weights; {SAFE}")
     found, at, size = {}, 0, path.stat().st_size
     with path.open("rb") as file:
         for info in sorted(listed, key=lambda info: info.header_offset):
@@ -381,6 +381,5 @@ def _view(path, start: int, size: int, dtype: np.dtype, shape: tuple[int, ...], 
     """Return numbers of a storage in place."""
     if not math.prod(shape):
         return np.empty(shape, dtype)
-    flat = mapped.pages(path, start, size).view(dtype)
     steps = tuple(s * dtype.itemsize if n > 1 else 0 for n, s in zip(shape, stride, strict=True))
-    return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
+    return np.ndarray(shape, dtype, mapped.pages(path, start, size), strides=steps)
