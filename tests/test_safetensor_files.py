@@ -70,6 +70,19 @@ def test_what_is_written_the_library_reads(tmp_path):
     assert set(read) == set(plain) and all(same(read[name], array) for name, array in plain.items())
 
 
+def test_half_precision_is_read_by_torch_to_the_bit(tmp_path):
+    torch = pytest.importorskip("torch")
+    import safetensors.torch
+
+    given = {name: arrays()[name] for name in ("half", "small", "one", "none", "flags")}
+    safetensor_files.write(tmp_path / "a", held(given), {"format": "pt"})
+    read = safetensors.torch.load_file(tmp_path / "a")
+    assert set(read) == set(given) and read["half"].dtype == torch.bfloat16
+    for name, array in given.items():
+        assert tuple(read[name].shape) == array.shape
+        assert read[name].reshape(-1).view(torch.uint8).numpy().tobytes() == array.tobytes()
+
+
 def test_a_view_is_written_as_it_reads(tmp_path):
     array = np.arange(35, dtype=np.float32).reshape(5, 7).T[1::2]
     safetensor_files.write(tmp_path / "a", held({"x": array}))
