@@ -1,0 +1,103 @@
+"""Tensors that lie in files: names, shapes and types at once, numbers when they are asked for.
+
+A tensor is mapped, not loaded: its pages come as they are touched, and go with the array. So a file of any size is read
+tensor by tensor in the memory of one. Arrays are read-only and keep the file's own type, half precision included.
+"""
+
+import dataclasses
+import math
+import pathlib
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cm3jax.types import UserError
+
+MOST_DIMENSIONS, MOST = 64, 2**56
+"""Of an array, and of its numbers: numpy's limits, with room for the bytes of a number."""
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlist, SHORT.maxtuple = 3, 200, 200, 8, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor, not yet read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """What a file or a folder holds, checked.
+
+    Attributes:
+      path: What was opened.
+      kind: "safetensors" or "torch".
+      files: All files that were looked into, an index included.
+      found: {name: tensor} in the order of the file; containers in containers make names with dots.
+      values: {name: what is no tensor}: metadata, step counters, settings.
+    """
+
+    path: pathlib.Path
+    kind: str
+    files: tuple[pathlib.Path, ...]
+    found: dict[str, Tensor]
+    values: dict[str, Any]
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a tensor's numbers.
+
+        Raises:
+          UserError: if there is no such tensor.
+        """
+        if name not in self.found:
+            raise UserError(f"{self.path}: no tensor {short(name)} among its {len(self.found):,}")
+        return self.found[name].read()
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin so, without that beginning: those in "state_dict." of a checkpoint."""
+        return {name.removeprefix(prefix): t for name, t in self.found.items() if name.startswith(prefix)}
+
+
+def held(array: np.ndarray) -> Tensor:
+    """Return an array in memory as a tensor."""
+    return Tensor(array.shape, array.dtype, lambda: array)
+
+
+def pages(path: pathlib.Path, start: int, size: int) -> np.ndarray:
+    """Return bytes of a file in place, uint8 [size].
+
+    Raises:
+      UserError: if the file has become shorter since it was opened.
+    """
+    if not size:
+        return np.empty(0, np.uint8)
+    try:
+        return np.asarray(np.memmap(path, np.uint8, "r", start, (size,)))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: bytes {start:,} to {start + size:,} can no longer be read ({e})") from None
+
+
+def counts(values: Any) -> bool:
+    """Return whether a list from a file holds whole numbers from 0 on, as offsets and strides are."""
+    plain = isinstance(values, (list, tuple)) and len(values) <= MOST_DIMENSIONS
+    return plain and all(type(n) is int and 0 <= n < MOST for n in values)
+
+
+def shaped(values: Any) -> bool:
+    """Return whether a list from a file can be a shape; numpy counts the dimensions of empty arrays too."""
+    return counts(values) and math.prod(max(n, 1) for n in values) < MOST
+
+
+def short(thing: Any) -> str:
+    """Return a thing from a file as one line of bounded length, however deep it is."""
+    return SHORT.repr(thing)
