@@ -17,6 +17,7 @@ FLOORS = [
     {"data"},
     {"checkpoint", "optim", "metrics", "stages"},
     {"retrieval"},
+    {"interop"},
     {"train", "sample"},
     {"evaluate"},
     {"plan"},
