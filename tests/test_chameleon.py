@@ -119,8 +119,14 @@ BROKEN = {
         "model.layers.1.self_attn.q_norm.weight has shape (8, 4), must be (4, 8)",
     ),
     "left over": (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": t[Q]}), "model.layers.3.mlp.up_proj.weight"),
-    "a bias": (lambda t: t.update({Q.replace("weight", "bias"): t[Q][0]}), "model.layers.1.self_attn.q_proj.bias is no"),
-    "another row count": (lambda t: t.update({"lm_head.weight": np.ones((132, 32))}), "lm_head.weight has shape (132, 32)"),
+    "a bias": (
+        lambda t: t.update({Q.replace("weight", "bias"): t[Q][0]}),
+        "model.layers.1.self_attn.q_proj.bias is no",
+    ),
+    "another row count": (
+        lambda t: t.update({"lm_head.weight": np.ones((132, 32))}),
+        "lm_head.weight has shape (132, 32)",
+    ),
 }
 
 

@@ -131,7 +131,9 @@ def network(about: Mapping[str, Any], where: str = "config.json") -> Network:
         if not good or (type(value) is int and found[name] < 1):
             raise UserError(f"{where}: {name} = {found[name]!r}: must be {_wanted(value)}")
         if name in ONLY and found[name] != value:
-            raise UserError(f"{where}: {name} = {found[name]!r}: only {value!r} is known here, as in all that is public")
+            raise UserError(
+                f"{where}: {name} = {found[name]!r}: only {value!r} is known here, as in all that is public"
+            )
     heads, groups, width = found["num_attention_heads"], found["num_key_value_heads"], found["hidden_size"]
     if width % (2 * heads) or about.get("head_dim", width // heads) not in (None, width // heads):
         raise UserError(f"{where}: hidden_size = {width}: must be num_attention_heads = {heads} heads of an even width")

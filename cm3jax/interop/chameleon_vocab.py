@@ -48,7 +48,9 @@ class Order:
 
     def __post_init__(self):
         if not np.array_equal(np.sort(self.theirs), np.arange(self.vocab.size)):
-            raise UserError(f"order of ids: not each of the ids 0 to {self.vocab.size - 1} once; import the model again")
+            raise UserError(
+                f"order of ids: not each of the ids 0 to {self.vocab.size - 1} once; import the model again"
+            )
 
     @functools.cached_property
     def ours(self) -> np.ndarray:
