@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow  # transformers takes its time to import
 ALL = pytest.mark.parametrize("name", chameleons.CONFIGS)
 PICTURES = {"resolution": 8, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "embed_dim": 8}
 PICTURES |= {"num_embeddings": chameleons.CODES, "latent_channels": 8}
-LENGTH, STEPS = 19, 64
+LENGTH, STEPS = 69, 64
 FEW = -1e30
 
 

@@ -2,7 +2,7 @@
 
     network = chameleon.network(about)  # of config.json
     order = chameleon_vocab.order(about["vocabulary_map"], network.rows, "config.json")
-    params = chameleon.read(tensors, network.model, order)  # tensors: arrays by name
+    params = chameleon.read(tensors, network.model, order)  # tensors: arrays by name, mapped from files or not
     again = dict(chameleon.tensors(params, network.model, order))
 
 Matrices there are [out, in]. Its rotary positions turn the pairs (i, i + k/2) of a head, as ours do, so that rows of q
