@@ -3,10 +3,9 @@
     cm3jax run configs/retrieval.py
     python launch/retrieval_ablation.py WORK    what the memory brings: trains six decoders, see there
 
-Not yet good enough: the retriever, after 1,200 steps, finds the document with the right name for none of 133 names in
-256 test captions (held-out pairs: 9 % in two documents), so that retrieval can bring nothing there. The names can be
-told: the captions' pieces, weighted by how rare they are, find all 133. The contrastive loss hardly asks for names, as
-place and neighbours tell most pairs of a batch of 128 apart.
+Not yet good enough, and not run to its report: of what a caption names, the retriever has 6 % of the known names and
+1 % of the new ones in its first two documents (RESULTS.md, "Retrieval"), so that a memory can bring nothing there. The
+names can be told apart by their pieces, but the contrastive loss hardly asks for them.
 """
 
 import dataclasses

@@ -177,17 +177,8 @@ def one(arguments, recipe: configs.Recipe, what: str, name: str = "") -> None:
     measured = {"candidates": candidates, "guidance": guidance}[what](
         work, name, arguments.prompts, arguments.documents
     )
-    path = result(arguments, what, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(measured) + "\n")
-    partial.replace(path)
+    ablation.put(result(arguments, what, name), measured)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"{sys.argv[0]}: {e}")
-    except subprocess.CalledProcessError as e:  # it has said why
-        sys.exit(e.returncode)
+    ablation.script(main)

@@ -284,17 +284,26 @@ def one(work: pathlib.Path, recipe: configs.Recipe, count: int, what: str, *word
     if what == "train":
         return train(work, recipe, words[0], int(words[1]))
     name, seed, split, documents = words
-    path = result(work, words, count)
+    put(result(work, words, count), measure(work, name, int(seed), split, documents, count))
+
+
+def put(path: pathlib.Path, figures: dict) -> None:
+    """Write the figures of one measurement, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(measure(work, name, int(seed), split, documents, count)) + "\n")
+    partial.write_text(json.dumps(figures) + "\n")
     partial.replace(path)
 
 
-if __name__ == "__main__":
+def script(main) -> None:
+    """Run an experiment; a mistake in the input, or one that a phase has told of, ends it without a traceback."""
     try:
         main()
     except UserError as e:
         sys.exit(f"{sys.argv[0]}: {e}")
     except subprocess.CalledProcessError as e:  # it has said why
         sys.exit(e.returncode)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -25,7 +25,8 @@ FEW = -1e30
 @functools.cache
 def theirs(name):
     """Return a Chameleon of transformers' with random weights, and its settings."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     settings = chameleons.about(**chameleons.CONFIGS[name])
     model = transformers.ChameleonForConditionalGeneration(
         transformers.ChameleonConfig(**settings, vq_config=PICTURES)
@@ -156,7 +157,8 @@ def test_cached_logits_are_uncached_ones(name):
 
 @ALL
 def test_what_is_exported_loads_in_transformers_with_equal_logits(name):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     model, settings = theirs(name)
     network, order, params = ours(name)
     again = chameleon.settings(network.model, network.rows, network.length, settings["vocabulary_map"])
@@ -171,7 +173,8 @@ def test_what_is_exported_loads_in_transformers_with_equal_logits(name):
 
 
 def test_the_7b_has_transformers_names_and_shapes():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     with torch.device("meta"):
         settings = transformers.ChameleonConfig(vocabulary_map=chameleons.vocabulary(65536), vq_config=PICTURES)
         state = transformers.ChameleonForConditionalGeneration(settings).state_dict()

@@ -25,7 +25,9 @@ END = VOCAB - 1
 
 def theirs(sizes, folder):
     """Save a transformers model with random weights in `folder`; return it."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     torch.manual_seed(0)
 
     def tower(width, layers, heads):
@@ -68,7 +70,8 @@ def inputs(context, resolution):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_outputs_equal_those_of_transformers(name, tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     model = theirs(SIZES[name], tmp_path)
     config, params = weights.load(tmp_path)
     ids, ends, pictures = map(jnp.asarray, inputs(config.context, config.resolution))
@@ -87,7 +90,8 @@ def test_outputs_equal_those_of_transformers(name, tmp_path):
 
 
 def test_pictures_are_resized_and_cropped_as_transformers_does():
-    processing = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    from transformers.models.clip import image_processing_pil_clip as processing
+
     from cm3jax.data import pictures
 
     rng = np.random.default_rng(0)

@@ -40,7 +40,8 @@ def captions(count, seed):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Return a folder with vocab.json and merges.txt that the library `tokenizers` has trained."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     trained = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix=clip.LAST))
     trained.normalizer = tokenizers.normalizers.Lowercase()
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -69,7 +70,8 @@ def write(folder, ids, merges):
 
 @pytest.mark.slow  # transformers takes its time to import
 def test_ids_equal_those_of_transformers_for_captions_of_mixed_scripts(files):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     theirs = transformers.CLIPTokenizerFast(vocab=str(files / clip.VOCAB), merges=str(files / clip.MERGES))
     single = [f"a{c}b 1{c}!{c}" for c in map(chr, range(0x3400)) if unicodedata.category(c) != "Cn"]
     ours, texts = clip.load(files), captions(12_000, 2) + single

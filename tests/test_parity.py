@@ -49,7 +49,8 @@ def theirs(model, state) -> np.ndarray:
 
 
 def test_cm3leon_is_opt_without_biases_and_learned_norms():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     params, logits = ours(CM3LEON)
     settings = transformers.OPTConfig(
         vocab_size=VOCAB,
@@ -122,7 +123,8 @@ def llama_settings(model: config.Decoder) -> dict:
 
 
 def test_rope_swiglu_rmsnorm_and_grouped_queries_are_llamas():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     params, logits = ours(LLAMA)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_settings(LLAMA)))
     np.testing.assert_allclose(logits, theirs(model, llama_state(LLAMA, params)), atol=1e-4)
@@ -130,7 +132,8 @@ def test_rope_swiglu_rmsnorm_and_grouped_queries_are_llamas():
 
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_qk_norm_and_both_norm_orders_are_chameleons(order):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     chameleon = dataclasses.replace(LLAMA, qk_norm=True, norm_order=order)
     params, logits = ours(chameleon)
     tokenizer = {"resolution": 8, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "embed_dim": 8}

@@ -41,7 +41,8 @@ def test_the_names_and_shapes_are_torchvisions_and_lpips(monkeypatch):
 
 
 def test_the_features_are_those_of_the_same_network_in_torch(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     found, x = tensors(), pictures(1)
     weights = perceptual.load(write(tmp_path / "w.safetensors", found), heads=True)
     y = (

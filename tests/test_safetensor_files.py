@@ -71,8 +71,8 @@ def test_what_is_written_the_library_reads(tmp_path):
 
 
 def test_half_precision_is_read_by_torch_to_the_bit(tmp_path):
-    torch = pytest.importorskip("torch")
     import safetensors.torch
+    import torch
 
     given = {name: arrays()[name] for name in ("half", "small", "one", "none", "flags")}
     safetensor_files.write(tmp_path / "a", held(given), {"format": "pt"})

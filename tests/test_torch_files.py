@@ -14,11 +14,10 @@ import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from cm3jax.interop import pickles, tensors, torch_files
 from cm3jax.types import UserError
-
-torch = pytest.importorskip("torch")
 
 KINDS = {"zip": {}, "old": {"_use_new_zipfile_serialization": False}}
 both = pytest.mark.parametrize("kind", KINDS)

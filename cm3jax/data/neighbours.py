@@ -54,17 +54,8 @@ class Neighbours:
 
     def __init__(self, folder, split: str):
         self.folder, self.split = pathlib.Path(folder), split
-        matches = [m for p in self.folder.glob("*.npy") if (m := NAME.fullmatch(p.name)) and m["split"] == split]
-        counts = {int(m["shards"]) for m in matches}
-        if not matches:
-            known = ", ".join(splits(self.folder)) or "none"
-            raise UserError(f"neighbours {str(self.folder)!r}: no split {split!r} (found: {known}); make them again")
-        if len(counts) > 1 or len(matches) != max(counts):
-            raise UserError(
-                f"neighbours {str(self.folder)!r}: split {split!r} has {len(matches)} files of {sorted(counts)} shards;"
-                " make them again"
-            )
-        shards = max(counts)
+        how = "make them again"
+        shards = tokens.shard_count(self.folder, NAME, split, "neighbours", how, how)
         self._shards = [load(path(self.folder, split, i, shards)) for i in range(shards)]
         pools = {shard.shape[1] for shard in self._shards}
         if len(pools) > 1:

@@ -56,6 +56,27 @@ def splits(folder) -> list[str]:
     return sorted({m["split"] for m in found if m})
 
 
+def shard_count(folder: pathlib.Path, name: re.Pattern, split: str, what: str, absent: str, partial: str) -> int:
+    """Return how many shards a split has.
+
+    Args:
+      name: Of a shard's file, with the groups split and shards.
+      what, absent, partial: What lies in the folder, and what to do where there is none of the split, or not all.
+
+    Raises:
+      UserError: if the split is not there, or lacks shards.
+    """
+    matches = [m for p in folder.glob("*.npy") if (m := name.fullmatch(p.name))]
+    counts = [int(m["shards"]) for m in matches if m["split"] == split]
+    if not counts:
+        known = ", ".join(sorted({m["split"] for m in matches})) or "none"
+        raise UserError(f"{what} {str(folder)!r}: no split {split!r} (found: {known}); {absent}")
+    if len(set(counts)) > 1 or len(counts) != max(counts):
+        found = f"{len(counts)} files of {sorted(set(counts))} shards"
+        raise UserError(f"{what} {str(folder)!r}: split {split!r} has {found}; {partial}")
+    return max(counts)
+
+
 class Tokens:
     """The documents of one split; `tokens[i]` is uint16 [n].
 
@@ -68,7 +89,7 @@ class Tokens:
 
     def __init__(self, folder, split: str):
         self.folder, self.split = pathlib.Path(folder), split
-        shards = self._shards()
+        shards = shard_count(self.folder, NAME, split, "tokens", "encode it first", "encode it again")
         bases = [self.folder / stem(split, i, shards) for i in range(shards)]
         self._ids = [np.asarray(load(base, "ids", mmap=True)) for base in bases]  # a plain view slices twice as fast
         lengths = [load(base, "lengths") for base in bases]
@@ -79,19 +100,6 @@ class Tokens:
         self._first = np.cumsum([0] + [len(n) for n in lengths])
         self._start = np.concatenate([np.cumsum(n, dtype=np.int64) - n for n in lengths])
         self._bases = bases
-
-    def _shards(self) -> int:
-        found = [m for p in self.folder.glob("*.ids.npy") if (m := NAME.fullmatch(p.name)) and m["split"] == self.split]
-        counts = {int(m["shards"]) for m in found}
-        if not found:
-            known = ", ".join(splits(self.folder)) or "none"
-            raise UserError(f"tokens {str(self.folder)!r}: no split {self.split!r} (found: {known}); encode it first")
-        if len(counts) > 1 or len(found) != max(counts):
-            raise UserError(
-                f"tokens {str(self.folder)!r}: split {self.split!r} has {len(found)} files of {sorted(counts)} shards;"
-                " encode it again"
-            )
-        return max(counts)
 
     def __reduce__(self):  # a worker process maps the files again instead of getting a copy of them
         return Tokens, (self.folder, self.split)
