@@ -2,10 +2,6 @@
 
     cm3jax run configs/retrieval.py
     python launch/retrieval_ablation.py WORK    what the memory brings: trains six decoders, see there
-
-Not yet good enough, and not run to its report: of what a caption names, the retriever has 6 % of the known names and
-1 % of the new ones in its first two documents (RESULTS.md, "Retrieval"), so that a memory can bring nothing there. The
-names can be told apart by their pieces, but the contrastive loss hardly asks for them.
 """
 
 import dataclasses
@@ -25,7 +21,7 @@ config = change(
     retrieve=True,
     # The paper's retriever is a frozen CLIP, which has seen far more of the world than the decoder; so it is here.
     retriever=configs.Retriever(
-        splits=("train", "bank", "late"),
+        splits=("train", "web", "web", "bank", "late"),
         model=configs.CLIP(
             resolution=48,
             patch=16,
@@ -39,10 +35,11 @@ config = change(
             size=128,
         ),
         training=configs.Training(
-            steps=1200,
-            batch=128,
-            evaluate_every=400,
-            optimizer=configs.Optimizer(peak_lr=1e-3, warmup=100, schedule="cosine", final_fraction=0.02),
+            # Muon and many wrong answers a batch: with AdamW and 128 pairs it hardly learns what names mean.
+            steps=900,
+            batch=256,
+            evaluate_every=300,
+            optimizer=muon,
         ),
     ),
     # What the decoder trains with; `retrieve build RUN --extend --bank.splits bank late` adds what came afterwards.

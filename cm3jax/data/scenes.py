@@ -12,7 +12,7 @@ from cm3jax.types import Record, Region
 
 
 def sample(level: str, seed: int, index: int, split: str) -> Scene:
-    """Draw scene `index` of a split ("train", "validation", "test", "composition"; rare: "bank", "late")."""
+    """Draw scene `index` of a split ("train", "validation", "test", "composition"; rare: "bank", "late", "web")."""
     return scenes_world.sample(level, seed, index, split)
 
 
@@ -45,6 +45,7 @@ def record(level: str, seed: int, index: int, split: str, resolution: int) -> Re
     """Return one caption-picture pair with its ground truth in `fields["scene"]` (JSON) and one region per object."""
     scene = sample(level, seed, index, split)
     text = caption(scene, scenes_world.stream(level, seed, index, split, "caption"))
+    scene = scenes_world.shown(scene, split)
     return Record(
         key=f"scenes-{level}-{seed}-{split}-{index}",
         parts=(text, render(scene, resolution)),

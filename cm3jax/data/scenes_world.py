@@ -14,20 +14,22 @@ to an object named before it ("above the small blue ring"); then the background 
 `rare`: what makes retrieval matter. 1-2 objects in the centres of quarters, solid or in two colours ("red over blue":
 the upper half is red), 2 sizes (18/64 and 28/64), 2 backgrounds. Half of the training scenes hold one *named thing*: an
 object of two colours of which the caption says a name and a place and nothing else ("a vukelo top left"). A name has
-one fixed look and does not tell it: both are drawn independently, so that one who never saw the name guesses one of 588
-looks. `NAMES` has a long tail: 20,000 training scenes hold the first of 1,000 about 65 times and the last 3 times; 200
-more (`is_new`) never. A *catalogue* shows every name alone, top left, once on either background: the split `bank` the
-1,000 and some common things, the split `late` the 200 and the pairs of the composition split. Half of the named things
-in validation and test are new, the others drawn evenly from the 1,000. All other scenes hold common things, whose
-captions tell all that there is to see: what retrieval gives or costs.
+one fixed look, no two names the same, and does not tell it: one who never saw the name guesses one of 588. `NAMES` has
+a long tail: 20,000 training scenes hold the first of 400 about 160 times and the last 8 times; 100 more (`is_new`)
+never. A *catalogue* shows every name alone, top left, once on either background: the split `bank` the 400 and some
+common things, the split `late` the 100 and the pairs of the composition split. Half of the named things in validation
+and test are new, the others drawn evenly from the 400. All other scenes hold common things, whose captions tell all
+that there is to see: what retrieval gives or costs. `web` is for the retriever: it shows any named thing alone in any
+quarter, and its captions may tell of another thing besides, that is not to be seen, as captions in the wild do.
 
 What is trained on what. A decoder trains on `train`, and with retrieval sees documents of `bank` on the way; of `late`
 it sees nothing until it draws, when both are its memory. The retriever stands for the paper's frozen CLIP, which had
-seen far more than the decoder, and may be trained on all three. Why this is fair: a model without retrieval lacks the
-looks of names and nothing else, as shapes, colours, places and pairs of colours are as common in training as any; one
-with retrieval gets no help but documents, and has to find the thing, to take its look and to draw it at another place,
-often on another ground and beside another thing: a scene of one object top left is only in the catalogue. A name has
-three of 70 syllables, all of which are in the 1,000 names; no two names have more than one at the same place in common.
+seen far more than the decoder, and may be trained on all of these and `web`. Why this is fair: a model without
+retrieval lacks the looks of names and nothing else, as shapes, colours, places and pairs of colours are as common in
+training as any; one with retrieval gets no help but documents, and has to find the thing, to take its look and to draw
+it at another place, often on another ground and beside another thing: a scene of one object top left is only in the
+catalogue and `web`. A name has three of 70 syllables, all of which are in the 400 names; no two names have more than
+one at the same place in common.
 
 Splits. Every scene of the `composition` split has at least one of six (shape, colour) pairs, `HELD_OUT`, and no other
 scene has any, but every eighth of `late`. A scene's content (easy: all but the jitter; full: all but positions and
@@ -51,6 +53,8 @@ SPLITS = ("train", "validation", "test", "composition")
 """Of every level; `rare` has `CATALOGUE` too: see `splits`."""
 CATALOGUE = ("bank", "late")
 """rare: splits that are there to be retrieved."""
+WEB = "web"
+"""rare: the split from which a retriever learns names; its captions tell more than its pictures show."""
 LATTICE = 64
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
@@ -174,7 +178,7 @@ def box(level: str, thing: Object) -> tuple[float, float, float, float]:
 
 def splits(level: str) -> tuple[str, ...]:
     """Return the names of a level's splits."""
-    return SPLITS + CATALOGUE if level == "rare" else SPLITS
+    return (*SPLITS, *CATALOGUE, WEB) if level == "rare" else SPLITS
 
 
 def check(level: str, split: str = "train") -> None:
@@ -318,9 +322,9 @@ def word_width(word: str) -> int:
 
 # --------------------------------------------------------------------------------------------------------------- rare
 
-MET, NEW = 1000, 200
+MET, NEW = 400, 100
 """rare: names that training scenes use, and names that they never do."""
-TAIL = 50
+TAIL = 20
 """rare: training takes name i in proportion to 1 / (i + TAIL): the first 21 times as often as the last."""
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 EIGHTH = 8
@@ -329,16 +333,17 @@ EIGHTH = 8
 
 @functools.cache
 def _names() -> dict[str, tuple[str, str, str, str]]:
-    """Return {name: its look}; no two names have the same syllables at two of their three places."""
+    """Return {name: its look}; no two names have the same syllables at two of their three places, or one look."""
     rng = np.random.default_rng(20230905)
     syllables = [a + b for a in CONSONANTS for b in VOWELS]
     looks, pairs = {}, set()
     while len(looks) < MET + NEW:
         parts = [syllables[i] for i in rng.integers(len(syllables), size=3)]
         mine = {(i, parts[i], j, parts[j]) for i, j in ((0, 1), (0, 2), (1, 2))}
-        if not mine & pairs:
+        look = _look(rng, _SHOWN[rng.integers(len(_SHOWN))], two=True)
+        if not mine & pairs and look not in looks.values():
             pairs |= mine
-            looks["".join(parts)] = _look(rng, _SHOWN[rng.integers(len(_SHOWN))], two=True)
+            looks["".join(parts)] = look
     return looks
 
 
@@ -377,6 +382,8 @@ def _sample_rare(rng: np.random.Generator, index: int, split: str) -> Scene:
     """Draw a rare scene that may be in this split."""
     if split in CATALOGUE:
         return _draw_catalogue(rng, index, split)
+    if split == WEB:
+        return _draw_web(rng)
     name = _name(rng, split)
     while True:
         scene = _draw_rare(rng, name, split == "composition")
@@ -397,8 +404,23 @@ def _draw_catalogue(rng: np.random.Generator, index: int, split: str) -> Scene:
     return _placed([look], [name], [0], tuple(BACKGROUNDS["rare"])[ground])
 
 
-def _draw_rare(rng: np.random.Generator, name: str, composition: bool) -> Scene:
-    """Draw one or two objects, of which one is the named thing if there is a name."""
+def shown(scene: Scene, split: str) -> Scene:
+    """Return what the picture shows of a scene: of `web` the named thing alone, else everything."""
+    if split != WEB:
+        return scene
+    return dataclasses.replace(scene, objects=tuple(thing for thing in scene.objects if thing.name))
+
+
+def _draw_web(rng: np.random.Generator) -> Scene:
+    """Draw any named thing, and maybe another; in validation and test is neither the scene nor what is shown of it."""
+    while True:
+        scene = _draw_rare(rng, _ORDER[rng.integers(len(_ORDER))], composition=False, free=range(4))
+        if home(scene) == home(shown(scene, WEB)) == "train":
+            return scene
+
+
+def _draw_rare(rng: np.random.Generator, name: str, composition: bool, free=range(1, 4)) -> Scene:
+    """Draw one or two objects, of which one is the named thing if there is a name; one alone is in a `free` quarter."""
     count = int(rng.integers(1, 3))
     pairs = [_SHOWN[i] for i in rng.integers(len(_SHOWN), size=count)]
     if composition:
@@ -408,8 +430,7 @@ def _draw_rare(rng: np.random.Generator, name: str, composition: bool) -> Scene:
     if name:
         at = rng.integers(count)
         looks[at], names[at] = NAMES[name], name
-    free = range(4) if count > 1 else range(1, 4)  # one thing top left is the catalogue's
-    places = sorted(rng.permutation(free)[:count].tolist())
+    places = sorted(rng.permutation(range(4) if count > 1 else free)[:count].tolist())
     return _placed(looks, names, places, tuple(BACKGROUNDS["rare"])[rng.integers(2)])
 
 
