@@ -10,13 +10,13 @@ from cm3jax.types import UserError
 
 COUNT = 20_000  # training scenes where the config names no count
 HELD_OUT = 1024  # scenes of each other split: issue figures want at least 512
-CATALOGUE = {"bank": 920, "late": 232}  # scenes:rare: two of each name, and an eighth of pairs without one
-WEB = 20_000  # scenes:rare: what the retriever learns names from
+CATALOGUE = {"bank": 920, "late": 232, "web": 20_000}
+"""`scenes:rare`: two documents of each name to retrieve, an eighth as many of pairs; what the retriever learns from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """`count` training scenes, `CATALOGUE` of those that are retrieved from, and `HELD_OUT` of each other split."""
+    """`count` training scenes, as many as `CATALOGUE` says, and `HELD_OUT` of each other split."""
 
     level: str
     seed: int
@@ -24,7 +24,7 @@ class Scenes:
     count: int
 
     def size(self, split: str) -> int:
-        return {"train": self.count, **CATALOGUE, "web": WEB}.get(split, HELD_OUT)
+        return {"train": self.count, **CATALOGUE}.get(split, HELD_OUT)
 
     def fingerprint(self) -> list:
         facts = [self.level, self.seed, self.resolution, self.count, HELD_OUT]
