@@ -33,6 +33,8 @@ CHARTS = (
     ("decoder", "loss_infill", "Decoder: infilled spans", NATS, None),
     ("decoder", "loss_retrieved_text", "Decoder: text of retrieved documents", NATS, None),
     ("decoder", "loss_retrieved_image", "Decoder: picture codes of retrieved documents", NATS, None),
+    ("retriever", "loss", "Retriever: contrastive loss", "nats per pair", None),
+    ("retriever", "image_accuracy", "Retriever: captions of a batch found by their picture", "share", (0.0, 1.0)),
     ("image", "psnr", "Image tokenizer: reconstruction", "PSNR, dB", None),
     ("image", "usage", "Image tokenizer: codes in use", "share of the codebook", (0.0, 1.0)),
 )

@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import fake_encoder
 import jax
@@ -238,3 +243,36 @@ def test_the_index_says_what_the_bank_holds(made):
     assert about["encoder"] == encoder.load(made / "retriever").identity
     assert set(about["files"]) == {p.name for p in (made / "bank").glob("*.npy")}
     assert bank.open(made / "bank").identity == about["encoder"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["flat", "mesh"])
+def test_two_processes_make_the_memory_that_one_makes(made, tmp_path, way):
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder, ignore=shutil.ignore_patterns("bank", "neighbours"))
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        place = f"localhost:{s.getsockname()[1]}"
+    code = "import sys; from cm3jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    words = ["retrieve", "build", str(folder), "--bank.search", way, "--coordinator", place, "--processes", "2"]
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    root = str(pathlib.Path(__file__).parent.parent)
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": root}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    both = [subprocess.Popen([sys.executable, "-c", code, *words, "--process", str(i)], **pipes) for i in range(2)]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    assert "60 documents of 16 numbers" in said[0] and "60 documents" not in said[1]  # only the lead tells
+    for stage in ("bank", "neighbours"):
+        files = {path.name for path in (made / stage).iterdir()}
+        assert {path.name for path in (folder / stage).iterdir()} == files
+        for name in (n for n in files if n.endswith(".npy")):
+            found, alone = np.load(folder / stage / name), np.load(made / stage / name)
+            if found.dtype.kind == "f":  # other devices sum in another order
+                np.testing.assert_allclose(found, alone, rtol=0, atol=1e-3)
+            else:
+                np.testing.assert_array_equal(found, alone, name)
