@@ -29,8 +29,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
+from cm3jax import cli, curves
 from cm3jax import config as configs
-from cm3jax import curves
 from cm3jax.types import UserError
 
 KINDS = ("common", "met", "new", "held_out")
@@ -297,6 +297,7 @@ def put(path: pathlib.Path, figures: dict) -> None:
 
 def script(main) -> None:
     """Run an experiment; a mistake in the input, or one that a phase has told of, ends it without a traceback."""
+    cli.settle_platform()
     try:
         main()
     except UserError as e:
