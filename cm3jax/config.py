@@ -373,6 +373,8 @@ class Bank:
 
     splits: tuple[str, ...] = ("train",)
     """Splits whose documents can be retrieved; validation and test are refused."""
+    held_out: tuple[str, ...] = ()
+    """Splits of whose documents no copy is ever retrieved; (): all that are not in `splits`."""
     search: Literal["flat", "ivf_pq", "hnsw", "mesh"] = "flat"
     """flat: every vector, on the host; ivf_pq, hnsw: faiss on the host (pip install 'cm3jax[retrieval]'); mesh: every
     vector, split over the accelerators."""
@@ -396,6 +398,8 @@ class Bank:
         within(self, "bank", 0, math.inf, "lists")
         if not self.splits or {"test", "validation"} & set(self.splits):
             raise ValueError(f"bank.splits = {self.splits}: must be one or more splits, without validation and test")
+        if set(self.held_out) & set(self.splits):
+            raise ValueError(f"bank.held_out = {self.held_out}: must be without bank.splits {self.splits}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,8 @@ config = change(
         ),
     ),
     # What the decoder trains with; `retrieve build RUN --extend --bank.splits bank late` adds what came afterwards.
-    bank=configs.Bank(splits=("bank",)),
+    # Its pictures may be in `train` and `web`: a retriever and a decoder may well have seen what they retrieve.
+    bank=configs.Bank(splits=("bank",), held_out=("validation", "test", "composition")),
     # A small CLIP gives everything that fits a score above the paper's 0.9; copies are refused by their hash anyway.
     neighbours=configs.Neighbours(most_score=1.0, most_alike=0.98),
     decoder=change(
@@ -51,7 +52,7 @@ config = change(
         packing=change(quickstart.decoder.packing, length=232, documents=0, picture=36),
         mask=change(quickstart.decoder.mask, spans=1.0),
         retrieved=configs.Retrieved(least=0, most=3),
-        training=change(quickstart.decoder.training, steps=2400, batch=8, optimizer=muon),
+        training=change(quickstart.decoder.training, steps=4000, batch=8, optimizer=muon),
     ),
     evaluate=change(
         quickstart.evaluate,

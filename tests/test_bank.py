@@ -1,3 +1,5 @@
+import dataclasses
+
 import fake_encoder
 import numpy as np
 import pytest
@@ -98,6 +100,19 @@ def test_a_further_split_adds_files_and_changes_none(prepared, tmp_path):
     made = bank.open(out)
     assert len(made) == 34
     assert set(made.held_out) == {m for record in prepared[1]["test"] for m in bank.mark(record)}
+
+
+def test_held_out_are_the_splits_that_the_setting_names(prepared, tmp_path):
+    settings = dataclasses.replace(SETTINGS, splits=("train",), held_out=("test",))
+    assert make(prepared[0], tmp_path / "bank", settings)
+    assert set(bank.open(tmp_path / "bank").held_out) == {
+        m for record in prepared[1]["test"] for m in bank.mark(record)
+    }
+    wrong = dataclasses.replace(settings, held_out=("exam",))
+    with pytest.raises(UserError, match="no split 'exam' in .*, only more, test, train"):
+        make(prepared[0], tmp_path / "bank", wrong)
+    with pytest.raises(ValueError, match="must be without bank.splits"):
+        dataclasses.replace(settings, held_out=("train",))
 
 
 def cut(path):

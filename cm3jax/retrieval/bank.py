@@ -10,8 +10,8 @@ holds at most `bank.shard` documents of one split, so that a further split adds 
 - `marks` uint64: what a copy is known by, the hash of each picture's pixels, of a document without pictures its text's;
 - `names` uint8: key, source and licence of each document, in UTF-8, end to end.
 
-`held_out.npy` has the marks of all documents that are in none of the bank's splits, sorted. The vectors file is renamed
-into place last, so a shard that has one is whole; index.json is written when all are there.
+`held_out.npy` has the marks of the documents of `bank.held_out`, or of all splits that are not the bank's, sorted.
+The vectors file is renamed into place last, so a shard that has one is whole; index.json is written when all are there.
 """
 
 import collections
@@ -173,11 +173,16 @@ def names(wanted: Sequence[Shard]) -> list[str]:
 
 
 def held_out(prepared, settings: configs.Bank) -> UInt64[np.ndarray, " n"]:
-    """Return the marks of all documents of other splits, sorted: what copies of them are known by."""
-    found = [np.zeros(0, np.uint64)]
-    for split in shards.splits(prepared):
-        if split not in settings.splits:
-            found += [mark(record) for record in shards.Reader(prepared, split)]
+    """Return the marks of all documents that must not be retrieved, sorted: what copies of them are known by.
+
+    Raises:
+      UserError: if a split of `bank.held_out` is not there.
+    """
+    found, there = [np.zeros(0, np.uint64)], shards.splits(prepared)
+    for split in settings.held_out or [split for split in there if split not in settings.splits]:
+        if split not in there:
+            raise UserError(f"bank.held_out: there is no split {split!r} in {prepared}, only {', '.join(there)}")
+        found += [mark(record) for record in shards.Reader(prepared, split)]
     return np.unique(np.concatenate(found))
 
 
