@@ -36,9 +36,9 @@ config = change(
         ),
         training=configs.Training(
             # Muon and many wrong answers a batch: with AdamW and 128 pairs it hardly learns what names mean.
-            steps=900,
+            steps=1600,
             batch=256,
-            evaluate_every=300,
+            evaluate_every=400,
             optimizer=muon,
         ),
     ),

@@ -10,8 +10,9 @@ and the same first prompts of `test` and `composition` are drawn by both. What i
 - object accuracy, and of each kind of stated object the share that is drawn right: `common` things, names that training
   `met`, `new` names, and `held_out` pairs of shape and colour;
 - the Frechet distance of the drawn pictures to those of the prompts, in the trained retriever's features;
-- `found`: how often a shown document has the thing that the prompt asks for. The row `told` draws with the first such
-  document of the bank, whoever found it: what is lost between it and retrieval is the retriever's.
+- `found`: how often the shown documents show what the prompt asks for, under this or another name. The row `told` draws
+  with the first document of the bank that has the very name, whoever found it: what is lost between it and retrieval is
+  the retriever's.
 
 What is there is not made again: the same command continues. Every phase is a process of its own.
 """
@@ -107,6 +108,12 @@ def wanted(scene) -> set[str]:
     return {what for kind, what in things(scene) if kind != "common"}
 
 
+def looks(scene) -> set:
+    """Return how that looks, whatever its name; of a held-out pair what size and texture add is in the caption."""
+    kinds = zip(scene.objects, things(scene), strict=True)
+    return {t.looks if t.name else what for t, (kind, what) in kinds if kind != "common"}
+
+
 def truth(record):
     from cm3jax.data import scenes_world as world
 
@@ -167,7 +174,9 @@ def measure(work: pathlib.Path, name: str, seed: int, split: str, documents: str
         for i, (kind, _) in enumerate(things(stated)):
             of[kind] += 1
             right[kind] += i in hits
-    asked = [(wanted(p), {w for scene in row for w in wanted(scene)}) for p, row in zip(prompts, before, strict=True)]
+    asked = [
+        (looks(p), {look for scene in row for look in looks(scene)}) for p, row in zip(prompts, before, strict=True)
+    ]
     asked = [(want, have) for want, have in asked if want]
     features = [frechet.moments(memory.encoder.features(pictures)) for pictures in (drawn, real)]
     return {

@@ -12,15 +12,16 @@ colour, stripes and shape, and its place: either coarsely ("at the bottom left":
 to an object named before it ("above the small blue ring"); then the background and the word.
 
 `rare`: what makes retrieval matter. 1-2 objects in the centres of quarters, solid or in two colours ("red over blue":
-the upper half is red), 2 sizes (18/64 and 28/64), 2 backgrounds. Half of the training scenes hold one *named thing*: an
-object of two colours of which the caption says a name and a place and nothing else ("a vukelo top left"). A name has
-one fixed look, no two names the same, and does not tell it: one who never saw the name guesses one of 588. `NAMES` has
-a long tail: 20,000 training scenes hold the first of 400 about 160 times and the last 8 times; 100 more (`is_new`)
-never. A *catalogue* shows every name alone, top left, once on either background: the split `bank` the 400 and some
-common things, the split `late` the 100 and the pairs of the composition split. Half of the named things in validation
-and test are new, the others drawn evenly from the 400. All other scenes hold common things, whose captions tell all
-that there is to see: what retrieval gives or costs. `web` is for the retriever: it shows any named thing alone in any
-quarter, and its captions may tell of another thing besides, that is not to be seen, as captions in the wild do.
+the upper half is red), 2 sizes (18/64 and 28/64), 2 backgrounds. Half of the training scenes hold one *named thing*:
+an object of two colours of which the caption says a name and a place and nothing else ("a vukelo top left"). A name
+has one fixed look, which three or four names share, and does not tell it: one who never saw the name guesses one of
+588. `NAMES` has a long tail: 20,000 training scenes hold the first of 1,600 about 35 times and the last twice; 400
+more (`is_new`) never. A *catalogue* shows every name alone, top left, once on either background: the split `bank` the
+1,600 and some common things, the split `late` the 400 and the pairs of the composition split. Half of the named
+things in validation and test are new, the others drawn evenly from the 1,600. All other scenes hold common things,
+whose captions tell all that there is to see: what retrieval gives or costs. `web` is for the retriever: it shows any
+named thing alone in any quarter, and its captions may tell of another thing besides, that is not to be seen, as
+captions in the wild do.
 
 What is trained on what. A decoder trains on `train`, and with retrieval sees documents of `bank` on the way; of `late`
 it sees nothing until it draws, when both are its memory. The retriever stands for the paper's frozen CLIP, which had
@@ -28,7 +29,7 @@ seen far more than the decoder, and may be trained on all of these and `web`. Wh
 retrieval lacks the looks of names and nothing else, as shapes, colours, places and pairs of colours are as common in
 training as any; one with retrieval gets no help but documents, and has to find the thing, to take its look and to draw
 it at another place, often on another ground and beside another thing: a scene of one object top left is only in the
-catalogue and `web`. A name has three of 70 syllables, all of which are in the 400 names; no two names have more than
+catalogue and `web`. A name has three of 70 syllables, all of which are in the 1,600 names; no two names have more than
 one at the same place in common.
 
 Splits. Every scene of the `composition` split has at least one of six (shape, colour) pairs, `HELD_OUT`, and no other
@@ -322,10 +323,10 @@ def word_width(word: str) -> int:
 
 # --------------------------------------------------------------------------------------------------------------- rare
 
-MET, NEW = 400, 100
+MET, NEW = 1600, 400
 """rare: names that training scenes use, and names that they never do."""
-TAIL = 20
-"""rare: training takes name i in proportion to 1 / (i + TAIL): the first 21 times as often as the last."""
+TAIL = 100
+"""rare: training takes name i in proportion to 1 / (i + TAIL): the first 17 times as often as the last."""
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 EIGHTH = 8
 """rare: of so many scenes of the catalogue, all but the last show a name, and the last one a pair without a name."""
@@ -333,17 +334,16 @@ EIGHTH = 8
 
 @functools.cache
 def _names() -> dict[str, tuple[str, str, str, str]]:
-    """Return {name: its look}; no two names have the same syllables at two of their three places, or one look."""
+    """Return {name: its look}; no two names have the same syllables at two of their three places."""
     rng = np.random.default_rng(20230905)
     syllables = [a + b for a in CONSONANTS for b in VOWELS]
     looks, pairs = {}, set()
     while len(looks) < MET + NEW:
         parts = [syllables[i] for i in rng.integers(len(syllables), size=3)]
         mine = {(i, parts[i], j, parts[j]) for i, j in ((0, 1), (0, 2), (1, 2))}
-        look = _look(rng, _SHOWN[rng.integers(len(_SHOWN))], two=True)
-        if not mine & pairs and look not in looks.values():
+        if not mine & pairs:
             pairs |= mine
-            looks["".join(parts)] = look
+            looks["".join(parts)] = _look(rng, _SHOWN[rng.integers(len(_SHOWN))], two=True)
     return looks
 
 
