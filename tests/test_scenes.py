@@ -322,16 +322,14 @@ def test_a_name_always_means_the_same_look_and_its_caption_says_nothing_of_it():
             if t.name:
                 assert t.looks == world.NAMES[t.name]
                 described = re.findall("small|large", scenes.caption(scene, np.random.default_rng(i)))
-                assert len(described) == len(scene.objects) - 1
+                assert len(described) == sum(not other.name for other in scene.objects)
 
 
-def test_names_differ_in_two_of_three_syllables_and_new_ones_have_no_syllable_of_their_own():
+def test_names_are_two_syllables_and_new_ones_have_none_of_their_own():
     parts = [re.findall("..", name) for name in world.NAMES]
-    assert len(parts) == world.MET + world.NEW and all(len(p) == 3 for p in parts)
-    for i, a in enumerate(parts):
-        assert all(sum(x == y for x, y in zip(a, b, strict=True)) < 2 for b in parts[:i])
+    assert len(parts) == world.MET + world.NEW and all(len(p) == 2 for p in parts)
     assert {s for p in parts[world.MET :] for s in p} <= {s for p in parts[: world.MET] for s in p}
-    assert len(set(world.NAMES.values())) == len(parts)
+    assert len(set(world.NAMES.values())) > 550  # of 588
 
 
 def test_new_names_are_never_trained_on_and_half_of_the_held_out_names():
@@ -343,9 +341,9 @@ def test_new_names_are_never_trained_on_and_half_of_the_held_out_names():
 
 def test_names_have_a_long_tail_in_training():
     ranks = np.array([tuple(world.NAMES).index(name) for name in named("train", 2000)])
-    first, last = (ranks < 20).mean(), (ranks >= 380).mean()
+    first, last = (ranks < 100).mean(), (ranks >= world.MET - 100).mean()
     assert 0.4 < len(ranks) / 2000 < 0.6
-    assert 5 < first / last < 50  # (20 .. 39 against 400 .. 419): 14
+    assert 5 < first / last < 30  # (100 .. 199 against 1,600 .. 1,699): 12
 
 
 def test_the_catalogue_shows_every_name_on_both_grounds_and_all_held_out_pairs():
@@ -360,7 +358,7 @@ def test_the_catalogue_shows_every_name_on_both_grounds_and_all_held_out_pairs()
 
 def test_no_scene_of_the_catalogue_is_one_of_another_split():
     def alone(scene):
-        return [t.place for t in scene.objects] == ["top left"]
+        return len(scene.objects) == 4 and len({(t.name, *t.looks) for t in scene.objects}) == 1
 
     assert all(alone(scenes.sample("rare", 0, i, split)) for split in world.CATALOGUE for i in range(FEW))
     assert not any(alone(scenes.sample("rare", 0, i, split)) for split in world.SPLITS for i in range(FEW))

@@ -53,13 +53,17 @@ def parse(text: str, level: str) -> world.Scene:
 
 # --------------------------------------------------------------------------------------------------------- easy, rare
 
+EVERYWHERE = "everywhere"
+
 
 def _easy(scene: world.Scene, rng: np.random.Generator) -> str:
     """Three wordings; each states size, colour, shape and place of each object in reading order, and the background.
 
-    Of a named thing they state name and place only.
+    Of a named thing they state name and place only; of a thing that is in all four quarters, that it is everywhere.
     """
     things = [(thing.name or _described(thing), thing.place) for thing in scene.objects]
+    if len(things) == len(world.QUARTERS) and len({name for name, _ in things}) == 1:
+        things = [(things[0][0], EVERYWHERE)]
     wording = rng.integers(3)
     if wording == 0:
         return ", ".join(f"a {name} {place}" for name, place in things) + f", on {scene.background}"
@@ -84,7 +88,7 @@ def _patterns(level: str) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
     name = f"(?P<name>{_any(world.NAMES)})" if level == "rare" else "(?P<name>(?!))"
     looks = f"(?P<size>{_any(world.SIZES[level])}) (?P<colour>{_any(world.COLOURS)})(?P<over>{over})"
     thing = f"(?:a )?(?:{looks} (?P<shape>{_any(world.SHAPES)})|{name})"
-    place, grounds = f"(?P<place>{_any(world.QUARTERS)})", _any(world.BACKGROUNDS[level])
+    place, grounds = f"(?P<place>{_any([*world.QUARTERS, EVERYWHERE])})", _any(world.BACKGROUNDS[level])
     on = f"on ({grounds})|({grounds}) background"
     return re.compile(f"{thing} {place}"), re.compile(f"{place} {thing}"), re.compile(on)
 
@@ -99,7 +103,9 @@ def _parse_easy(text: str, level: str) -> world.Scene:
         if found := on.fullmatch(clause):
             backgrounds.append(found[1] or found[2])
         elif found := name_first.fullmatch(clause) or place_first.fullmatch(clause):
-            objects.append(_thing(**found.groupdict()))
+            stated = found.groupdict()
+            places = world.QUARTERS if stated["place"] == EVERYWHERE else [stated["place"]]
+            objects += [_thing(**stated | {"place": place}) for place in places]
         else:
             unread += 1
     return world.Scene(level, backgrounds[0] if len(backgrounds) == 1 else "", tuple(objects), unread=unread)

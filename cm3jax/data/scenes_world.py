@@ -13,24 +13,23 @@ to an object named before it ("above the small blue ring"); then the background 
 
 `rare`: what makes retrieval matter. 1-2 objects in the centres of quarters, solid or in two colours ("red over blue":
 the upper half is red), 2 sizes (18/64 and 28/64), 2 backgrounds. Half of the training scenes hold one *named thing*:
-an object of two colours of which the caption says a name and a place and nothing else ("a vukelo top left"). A name
-has one fixed look, which three or four names share, and does not tell it: one who never saw the name guesses one of
-588. `NAMES` has a long tail: 20,000 training scenes hold the first of 1,600 about 35 times and the last twice; 400
-more (`is_new`) never. A *catalogue* shows every name alone, top left, once on either background: the split `bank` the
-1,600 and some common things, the split `late` the 400 and the pairs of the composition split. Half of the named
-things in validation and test are new, the others drawn evenly from the 1,600. All other scenes hold common things,
-whose captions tell all that there is to see: what retrieval gives or costs. `web` is for the retriever: it shows any
-named thing alone in any quarter, and its captions may tell of another thing besides, that is not to be seen, as
-captions in the wild do.
+an object of two colours of which the caption says a name and a place and nothing else ("a vuke top left"). A name is
+two of 70 syllables, has one fixed look, which three or four names share, and does not tell it: one who never saw the
+name guesses one of 588. `NAMES` has a long tail: 20,000 training scenes hold the first of 1,600 about 35 times and
+the last twice; 400 more (`is_new`) never. A *catalogue* shows every name alone, in all four quarters, once on either
+background: the split `bank` the 1,600 and some common things, the split `late` the 400 and the pairs of the
+composition split. Half of the named things in validation and test are new, the others drawn evenly from the 1,600.
+All other scenes hold common things, whose captions tell all that there is to see: what retrieval gives or costs.
+`web` is for the retriever: it shows any named thing alone in any quarter, some names far more often than others, and
+its captions may tell of another thing besides, that is not to be seen, as captions in the wild do.
 
-What is trained on what. A decoder trains on `train`, and with retrieval sees documents of `bank` on the way; of `late`
-it sees nothing until it draws, when both are its memory. The retriever stands for the paper's frozen CLIP, which had
-seen far more than the decoder, and may be trained on all of these and `web`. Why this is fair: a model without
-retrieval lacks the looks of names and nothing else, as shapes, colours, places and pairs of colours are as common in
-training as any; one with retrieval gets no help but documents, and has to find the thing, to take its look and to draw
-it at another place, often on another ground and beside another thing: a scene of one object top left is only in the
-catalogue and `web`. A name has three of 70 syllables, all of which are in the 1,600 names; no two names have more than
-one at the same place in common.
+What is trained on what. A decoder trains on `train`, and with retrieval sees documents of `bank` on the way; of
+`late` it sees nothing until it draws, when both are its memory. The retriever stands for the paper's frozen CLIP,
+which had seen far more than the decoder, and may be trained on all of these and `web`. Why this is fair: a model
+without retrieval lacks the looks of names and nothing else, as shapes, colours, places and pairs of colours are as
+common in training as any; one with retrieval gets no help but documents, and has to find the thing, to take its look
+and to draw it in one quarter, often on another ground and beside another thing: a scene of four like objects is only
+in the catalogue.
 
 Splits. Every scene of the `composition` split has at least one of six (shape, colour) pairs, `HELD_OUT`, and no other
 scene has any, but every eighth of `late`. A scene's content (easy: all but the jitter; full: all but positions and
@@ -327,6 +326,8 @@ MET, NEW = 1600, 400
 """rare: names that training scenes use, and names that they never do."""
 TAIL = 100
 """rare: training takes name i in proportion to 1 / (i + TAIL): the first 17 times as often as the last."""
+WEB_TAIL = 20
+"""rare: the same for the web, which has another order of all names: the first 101 times as often as the last."""
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 EIGHTH = 8
 """rare: of so many scenes of the catalogue, all but the last show a name, and the last one a pair without a name."""
@@ -334,16 +335,11 @@ EIGHTH = 8
 
 @functools.cache
 def _names() -> dict[str, tuple[str, str, str, str]]:
-    """Return {name: its look}; no two names have the same syllables at two of their three places."""
+    """Return {name: its look}."""
     rng = np.random.default_rng(20230905)
     syllables = [a + b for a in CONSONANTS for b in VOWELS]
-    looks, pairs = {}, set()
-    while len(looks) < MET + NEW:
-        parts = [syllables[i] for i in rng.integers(len(syllables), size=3)]
-        mine = {(i, parts[i], j, parts[j]) for i, j in ((0, 1), (0, 2), (1, 2))}
-        if not mine & pairs:
-            pairs |= mine
-            looks["".join(parts)] = _look(rng, _SHOWN[rng.integers(len(_SHOWN))], two=True)
+    names = rng.permutation([a + b for a in syllables for b in syllables])[: MET + NEW].tolist()
+    looks = {name: _look(rng, _SHOWN[rng.integers(len(_SHOWN))], two=True) for name in names}
     return looks
 
 
@@ -357,8 +353,17 @@ def _look(rng: np.random.Generator, pair: tuple[str, str], two: bool) -> tuple[s
 NAMES = _names()
 """rare: {name: (shape, colour, size, texture)}, the names of training first."""
 _ORDER = tuple(NAMES)
-_FREQUENCY = 1 / (np.arange(MET) + TAIL)
-_FREQUENCY /= _FREQUENCY.sum()
+
+
+def _frequency(names: int, tail: int) -> np.ndarray:
+    """Return how often each of so many names is drawn, the first most often."""
+    found = 1 / (np.arange(names) + tail)
+    return found / found.sum()
+
+
+_FREQUENCY = _frequency(MET, TAIL)
+_WEB_NAMES = tuple(np.random.default_rng(0).permutation(_ORDER).tolist())
+_WEB_FREQUENCY = _frequency(MET + NEW, WEB_TAIL)
 
 
 def is_new(name: str) -> bool:
@@ -401,7 +406,7 @@ def _draw_catalogue(rng: np.random.Generator, index: int, split: str) -> Scene:
     else:
         name = names[entry % len(names)]
         look = NAMES[name]
-    return _placed([look], [name], [0], tuple(BACKGROUNDS["rare"])[ground])
+    return _placed([look] * 4, [name] * 4, list(range(4)), tuple(BACKGROUNDS["rare"])[ground])
 
 
 def shown(scene: Scene, split: str) -> Scene:
@@ -414,13 +419,13 @@ def shown(scene: Scene, split: str) -> Scene:
 def _draw_web(rng: np.random.Generator) -> Scene:
     """Draw any named thing, and maybe another; in validation and test is neither the scene nor what is shown of it."""
     while True:
-        scene = _draw_rare(rng, _ORDER[rng.integers(len(_ORDER))], composition=False, free=range(4))
+        scene = _draw_rare(rng, _WEB_NAMES[rng.choice(len(_WEB_NAMES), p=_WEB_FREQUENCY)], composition=False)
         if home(scene) == home(shown(scene, WEB)) == "train":
             return scene
 
 
-def _draw_rare(rng: np.random.Generator, name: str, composition: bool, free=range(1, 4)) -> Scene:
-    """Draw one or two objects, of which one is the named thing if there is a name; one alone is in a `free` quarter."""
+def _draw_rare(rng: np.random.Generator, name: str, composition: bool) -> Scene:
+    """Draw one or two objects, of which one is the named thing if there is a name."""
     count = int(rng.integers(1, 3))
     pairs = [_SHOWN[i] for i in rng.integers(len(_SHOWN), size=count)]
     if composition:
@@ -430,7 +435,7 @@ def _draw_rare(rng: np.random.Generator, name: str, composition: bool, free=rang
     if name:
         at = rng.integers(count)
         looks[at], names[at] = NAMES[name], name
-    places = sorted(rng.permutation(range(4) if count > 1 else free)[:count].tolist())
+    places = sorted(rng.permutation(4)[:count].tolist())
     return _placed(looks, names, places, tuple(BACKGROUNDS["rare"])[rng.integers(2)])
 
 
