@@ -84,7 +84,7 @@ def _to_lattice(pictures: np.ndarray) -> np.ndarray:
 
 
 def _backgrounds(pixels: np.ndarray, level: str) -> tuple[list[str], np.ndarray]:
-    """Return each picture's background, "" if fewer than a quarter of its pixels show one, and its colour [b, 3]."""
+    """Return each picture's background, "" if fewer than a fifth of its pixels show one, and its colour [b, 3]."""
     palette = np.float32(list(world.BACKGROUNDS[level].values()))
     flat = pixels[:, ::2, ::2].reshape(len(pixels), -1, 3)  # every fourth pixel is plenty
     distance = _power(flat)[..., None] - 2 * flat @ palette.T + _power(palette)  # squared, [b, pixels, backgrounds]
@@ -92,7 +92,7 @@ def _backgrounds(pixels: np.ndarray, level: str) -> tuple[list[str], np.ndarray]
     votes = near.sum(1)
     best = votes.argmax(1)
     names = [
-        tuple(world.BACKGROUNDS[level])[k] if v[k] > flat.shape[1] / 4 else "" for k, v in zip(best, votes, strict=True)
+        tuple(world.BACKGROUNDS[level])[k] if v[k] > flat.shape[1] / 5 else "" for k, v in zip(best, votes, strict=True)
     ]
     weight = near[np.arange(len(best)), :, best].astype(np.float32)
     mean = np.einsum("bp,bpc->bc", weight, flat) / np.maximum(weight.sum(1), 1)[:, None]
