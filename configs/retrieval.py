@@ -43,7 +43,7 @@ config = change(
         ),
     ),
     # What the decoder trains with; `retrieve build RUN --extend --bank.splits bank late` adds what came afterwards.
-    # Its pictures may be in `train` and `web`: a retriever and a decoder may well have seen what they retrieve.
+    # Copies of what is drawn and scored are never shown; of what was trained on they may be.
     bank=configs.Bank(splits=("bank",), held_out=("validation", "test", "composition")),
     # A small CLIP gives everything that fits a score above the paper's 0.9; copies are refused by their hash anyway.
     neighbours=configs.Neighbours(most_score=1.0, most_alike=0.98),
@@ -51,8 +51,8 @@ config = change(
         quickstart.decoder,
         packing=change(quickstart.decoder.packing, length=232, documents=0, picture=36),
         mask=change(quickstart.decoder.mask, spans=1.0),
-        # A bank of 3,664 documents is soon known by heart, and then nothing is taken from what is shown: so retrieved ones
-        # weigh as in RA-CM3 (arXiv 2211.12561), not as much as the others (2309.02591 §2.2).
+        # As in RA-CM3 (arXiv 2211.12561), not 1 as in CM3Leon: on an earlier form of the level, with a catalogue that
+        # counts as much as all else, names were learned by heart, and nothing was taken from what is shown.
         retrieved=configs.Retrieved(least=0, most=3, weight=0.1),
         training=change(quickstart.decoder.training, steps=4000, batch=8, optimizer=muon),
     ),
