@@ -18,7 +18,9 @@ program's caller would lose its place there.
 import re
 import unicodedata
 
-DROPPED = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+DROPPED = frozenset(
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
 """What COCO's caption evaluation drops. It compares capitals, so brackets, which the program lowers, are not dropped."""
 
 # ------------------------------------------------------------------------------------------------ words that are special
@@ -120,10 +122,10 @@ RULES = [
     r"(?i:'(?:s|m|d|re|ve|ll|n)(?![A-Za-z])|\u2019(?:s|m|d|re|ve|ll|n))",
     rf"{Q}(?i:em|till?|cause|n{Q})",
     rf"{Q}(?i:t)(?=(?P<ahead>(?i:is|was)))",
-    rf"{Q}\d\d(?:s|(?![\w'\u2019\"]))",
-    rf"(?:(?i:[dlno]){Q}{A}|(?i:o){Q}){A}+(?:-{A}+)*|[A-Z]{Q}[A-Z][a-z]+",
+    rf"{Q}(?:[1-9]0s|\d\d(?!\S))",
+    rf"(?:[A-Zdlno]){Q}(?:{L}{A}+|\d\d+)(?:-{A}+)*",
     rf"[A-Za-z]+[AEIOUYaeiouy]{Q}[AEIOUaeiou]{L}*|(?i:c{Q}mon|s{Q}mores|nat{Q}l|e{Q}er)",
-    rf"(?i:y){Q}(?={L})|(?i:[djl]{Q}(?!s\b)|ol{Q})",
+    rf"(?i:y){Q}(?={L})|(?i:[djl]{Q}(?!(?:s|d|m|re|ve|ll)\b)|ol{Q})",
     _choice([f"(?i:{prefix})" for prefix in LIKE_ANTI]),
     # signs
     rf"[{''.join(QUOTES)}]{{1,2}}",
@@ -141,7 +143,7 @@ ENTITY = re.compile("&[a-z]+;")
 SIGN = re.compile(f"[{SIGNS}]")
 NAMED = re.compile(r"[()\[\]{}\" ]")
 QUOTED = re.compile(f"[{''.join(QUOTES)}]+")
-DASH = re.compile("-{2,4}")
+LONG = re.compile(r"-{2,4}|\.{3,5}")
 CUT = re.compile("['\u2019](?:s|m|d|re|ve|ll)|n['\u2018\u2019`]t")
 """Tokens whose apostrophe is written straight; within a word it stays as it is ("o\u2019clock")."""
 APOSTROPHES = str.maketrans("\u2018\u2019", "`'")
@@ -200,8 +202,8 @@ def _shown(token: str) -> str:
         return token.translate(APOSTROPHES)
     if QUOTED.fullmatch(token):
         return "".join(QUOTES.get(character, character) for character in token)
-    if DASH.fullmatch(token):
-        return "--"
+    if LONG.fullmatch(token):
+        return "--" if token[0] == "-" else "..."
     if token[0] == "<" or not NAMED.search(token):
         return token
     return NAMED.sub(lambda match: PRINTED[match[0]], token)
