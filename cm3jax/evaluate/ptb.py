@@ -1,29 +1,28 @@
 r"""Penn Treebank tokens of a caption, as the published caption scores count them.
 
-CIDEr, BLEU and ROUGE of COCO captions are figures about tokens of one program: the Java `PTBTokenizer` of 2014, called
-with `-preserveLines -lowerCase`, of whose output COCO's evaluation then drops a list of marks (`DROPPED`). `words` gives
-the same without Java. The rules here come from two places: the treebank's public tokenisation conventions (contractions
-are cut before "n't", "'s", ...; brackets become "-LRB-"; quotes are told apart; abbreviations keep their full stop), and
-what the program printed for probe strings; its source was not read. tests/test_ptb.py compares both where a JRE is there.
+CIDEr, BLEU and ROUGE of COCO captions are figures about the tokens of one program: the Java `PTBTokenizer` of 2014,
+called with `-preserveLines -lowerCase`, of whose output COCO's evaluation drops a list of marks (`DROPPED`). `words`
+gives the same without Java. The rules have two origins: the treebank's public conventions (contractions are cut before
+"n't" and "'s", brackets become "-LRB-", abbreviations keep their full stop, ...), and what the program printed for
+probe strings; its source was not read. tests/test_ptb.py compares the two programs where a JRE is at hand.
 
-A position of the text is tried with every rule; the longest match is the next token, where what a rule only looks at
-counts as matched, and the first rule wins a tie. Two kinds of tokens of the program make no difference to `words` and are
-not imitated: the second full stop behind an abbreviation that ends a sentence, and which quotes open or close.
+Each rule is tried at a position of the text. The longest match is the next token, where what a rule only looks at
+counts as matched; the first rule wins a tie. Two things that `words` drops anyway are not imitated: the second full
+stop behind an abbreviation that ends a sentence, and whether a straight quote opens or closes.
 
-Known to differ: programs' notation (URLs with brackets, HTML entities beyond the usual ones, file paths), and scripts that
-are written with combining vowel signs; neither occurs in caption sets. Text with line breaks is one line here; the
-program's caller would lose its place there.
+Known to differ: a smiley or URL among further signs, and scripts that are written with combining vowel signs; captions
+hold neither. A line break is a space here; there, the caller of the program would lose its place.
 """
 
+import itertools
 import re
 import unicodedata
 
-DROPPED = frozenset(
-    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
-)
-"""What COCO's caption evaluation drops. It compares capitals, so brackets, which the program lowers, are not dropped."""
+MARKS = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
+DROPPED = frozenset(MARKS.split())
+"""What COCO's evaluation drops. Brackets are not dropped: the program has lowered them to "-lrb-"."""
 
-# ------------------------------------------------------------------------------------------------ words that are special
+# ----------------------------------------------------------------------------------------------- words that are special
 
 ALWAYS = """
     mr mrs ms dr drs prof profs st ste mt ft jr sr esq messrs mme mlle msgr ph wm jos alex
@@ -34,25 +33,29 @@ ALWAYS = """
     ave blvd rd rt ct
     jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri
     ala ariz calif colo conn dak fla ga ind kan kans ky md mich minn mo mont neb nev okla penn tenn va vt wis wisc wyo
-""".split()
-"""Keep their full stop in any case of letters."""
-NOT_SHOUTED = "mfg mtg pty ptys pte ptes".split()
-"""Keep it unless written in capitals alone."""
-NAMES = "ark az del ill la mass miss ore pa tex wash".split()
+"""
+"""Abbreviations that keep their full stop, in capitals or not."""
+NOT_SHOUTED = "mfg mtg pty ptys pte ptes"
+"""Keep it unless all is capitals."""
+NAMES = "ark az del ill la mass miss ore pa tex wash"
 """Keep it if they begin with a capital: "Miss." is a state, "miss." the end of a sentence."""
-NUMBERED = "art ca fig figs no nos op pp prop".split()
+NUMBERED = "art ca fig figs no nos op pp prop"
 """Keep it before a number."""
+OPENERS = """
+    a after an as at but he her here however if in it last many more mr. now once one other our according she since so some
+    such that the their then there these they this we what when while yet you
+"""
+"""Before these with a capital, a new sentence begins: a single letter ("plan B.") then gives up its full stop."""
 IN_TWO = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}
-"""Words that stand for two, and the length of the first."""
-LIKE_ANTI = ["anti-", "pro-"]
-"""Prefixes that may stand alone with their hyphen, as in "pro- and anti-"."""
+"""Words that are two, and the length of the first."""
 
-# --------------------------------------------------------------------------------------------------- characters and rules
+# ------------------------------------------------------------------------------------------------ characters and rules
 
 SPELT = {
     "\u00a2": " cents ", "\u00a3": "#", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$", "\x80": "$",
     "\u00bc": "\t1/4\t", "\u00bd": "\t1/2\t", "\u00be": "\t3/4\t", "\u2153": "\t1/3\t", "\u2154": "\t2/3\t",
-    "\u2013": " -- ", "\u2014": " -- ", "\u2015": " -- ", "\x96": " -- ", "\x97": " -- ", "\u2026": " ... ", "\x85": " ... ",
+    "\u2013": " -- ", "\u2014": " -- ", "\u2015": " -- ", "\x96": " -- ", "\x97": " -- ",
+    "\u2026": " ... ", "\x85": " ... ",
     "\x91": "\u2018", "\x92": "\u2019", "\x93": "\u201c", "\x94": "\u201d", "\u00ad": "",
     "&amp;": "&", "&lt;": "\t<\t", "&gt;": "\t>\t", "&quot;": '"', "&apos;": "'", "&nbsp;": " ", "&mdash;": " -- ",
 }  # fmt: skip
@@ -66,67 +69,66 @@ SIGNS = (
 )
 """Characters beyond ASCII that are tokens of their own; letters and digits are parts of words; all others vanish."""
 PRINTED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''", " ": "\u00a0"}
+"""How these are printed, alone or within a token."""
 QUOTES = {
     "\u00ab": "``", "\u00bb": "''", "\u2018": "`", "\u2019": "'", "\u201a": "\u201a", "\u201b": "`",
     "\u201c": "``", "\u201d": "''", "\u201e": "\u201e", "\u2039": "`", "\u203a": "'",
 }  # fmt: skip
 """Typographic quotes; a run of them is one token. Two single ones make what is printed for a double one."""
 
-"""How these are printed, alone or within a token."""
-
 L = r"[^\x00-\x40\x5b-\x60\x7b-\xa0" + SIGNS + r"]"  # a letter of any script
 A = L.replace(r"\x00-\x40", r"\x00-\x2f\x3a-\x40")  # or a digit
 Q = "['\u2019]"  # an apostrophe
+ENDINGS = "(?i:s|m|d|re|ve|ll)"
 H = "[-_\u2010\u2011]"  # what joins words
-PART = r"[A-Za-z0-9]+(?:[-_][A-Za-z][A-Za-z0-9]*)*"  # of a compound with slashes
+PART = r"[A-Za-z0-9]+(?:[-_][A-Za-z][A-Za-z0-9]*){0,2}"  # of a compound with slashes
 INITIALS = r"[A-Za-z](?:\.[A-Za-z])+"
-HOST = r"[A-Za-z0-9][\w.-]*\.[A-Za-z]{2,}"
 
 
-def _choice(words: list[str]) -> str:
-    return "|".join(words)
+def _any(words: str) -> str:
+    """Return a pattern for one of some words, in capitals or not."""
+    return f"(?i:{'|'.join(map(re.escape, words.split()))})"
 
 
 RULES = [
     # what is longer than a word
     r"<!--.*?-->|<[!?][A-Za-z][^<>\n]*>|</?[A-Za-z][A-Za-z0-9.:@_-]*(?:\s+[A-Za-z][\w-]*(?:\s*=\s*(?:\"[^\"]*\"|'[^']*'))?)*\s*/?>",
-    r"https?://[^\s<>|()\"]+\.[^\s<>|()\"]*[^\s<>|()\".,!?]",
+    r"(?i:https?)://[^\s<>|()\"]+\.[^\s<>|()\"]*[^\s<>|()\".,!?-]",
     r"[A-Za-z0-9][A-Za-z0-9-]*\.(?:com|net|org|edu)(?:/[^\s<>|()\".,!?]+)+/[^\s<>|()\"]*[^\s<>|()\".,!?]",
     r"[A-Za-z0-9][^\s<>|()\"@,;\u2018-\u201f]*@[^\s<>|()\".]+(?:\.[^\s<>|()\".]+)*",
     r"@[A-Za-z_]\w*",
     rf"#{L}+",
     r"\(\d{3}\)[ \u00a0]?\d{3}[- \u00a0]?\d{3,4}",
-    r"\d{2,3}[ \u00a0]\d{3}[ \u00a0]\d{4}",
+    r"\d{2,3}[- \u00a0]\d{3}[- \u00a0]\d{4}",
     r"(?:\d+[- \u00a0])?\d+[/\u2044]\d+",
     # words
     *(rf"(?i:{word[:cut]})(?=(?P<ahead>(?i:{word[cut:]})(?![\w'\u2019])))" for word, cut in IN_TWO.items()),
     rf"{A}+(?:{H}{A}+)*",
     rf"{PART}(?:/{PART}){{1,2}}",
-    rf"\d+(?:[.,]\d+)+(?:[-_]{A}+)+",
+    r"[A-Za-z0-9][A-Za-z0-9.,]*(?:-[A-Za-z0-9]+)+",
     rf"{L}{A}*(?:[.!?]{L}{A}*)+",
-    rf"{L}{A}*(?:\.{L}{A}*)+(?:-{A}+)+",
-    rf"(?:{A}+(?:{H}{A}+)*|{L}{A}*(?:\.{L}{A}*)+)\.(?=(?P<ahead>[,;:]))",
+    rf"(?:{A}+(?:{H}{A}+)*|{L}{A}*(?:\.{L}{A}*)+|[A-Z]+(?:&[A-Z]+)+)\.(?=(?P<ahead>[,;:]))",
     r"[A-Z]+(?:[&+][A-Z]+)+",
     r"[-+]?(?:\d*(?:[.,:]\d+)+|\d+)",
     # full stops that stay
     rf"{INITIALS}\.",
-    rf"(?:{A}+-)+{INITIALS}\.|(?:{INITIALS}\.|[A-Za-z]+\.)(?:-{A}+)+",
-    r"[A-Za-z]\.|Ph\.D\.|ph\.d\.",
-    rf"(?i:{_choice(ALWAYS)})\.",
-    rf"(?![A-Z]+\.)(?i:{_choice(NOT_SHOUTED)})\.",
-    rf"(?=[A-Z])(?i:{_choice(NAMES)})\.",
-    rf"(?i:{_choice(NUMBERED)})\.(?=(?P<ahead>[ \u00a0]?\d))",
+    rf"{A}(?:{A}|[.,-])*-{INITIALS}\.|(?:{INITIALS}\.|[A-Za-z]+\.)(?:-{A}+)+",
+    rf"[A-Za-z]\.(?!\s+(?=[A-Z]){_any(OPENERS)}\s)|(?i:ph\.d\.|cont'd\.)",
+    rf"{_any(ALWAYS)}\.",
+    rf"(?![A-Z]+\.){_any(NOT_SHOUTED)}\.",
+    rf"(?=[A-Z]){_any(NAMES)}\.",
+    rf"{_any(NUMBERED)}\.(?=(?P<ahead>[ \u00a0]?\d))",
     # apostrophes
-    rf"[A-Za-z]*[A-Za-mo-z](?=(?P<ahead>(?i:n['\u2018\u2019`]t)))",
+    r"[A-Za-z]*[A-Za-mo-z](?=(?P<ahead>(?i:n['\u2018\u2019`]t)))",
     r"(?i:n['\u2018\u2019`]t)",
     r"(?i:'(?:s|m|d|re|ve|ll|n)(?![A-Za-z])|\u2019(?:s|m|d|re|ve|ll|n))",
     rf"{Q}(?i:em|till?|cause|n{Q})",
     rf"{Q}(?i:t)(?=(?P<ahead>(?i:is|was)))",
-    rf"{Q}(?:[1-9]0s|\d\d(?!\S))",
-    rf"(?:[A-Zdlno]){Q}(?:{L}{A}+|\d\d+)(?:-{A}+)*",
-    rf"[A-Za-z]+[AEIOUYaeiouy]{Q}[AEIOUaeiou]{L}*|(?i:c{Q}mon|s{Q}mores|nat{Q}l|e{Q}er)",
-    rf"(?i:y){Q}(?={L})|(?i:[djl]{Q}(?!(?:s|d|m|re|ve|ll)\b)|ol{Q})",
-    _choice([f"(?i:{prefix})" for prefix in LIKE_ANTI]),
+    rf"{Q}(?:[1-9]0[sS]|\d\d(?!\S))",
+    rf"(?:{A}+-)*[A-XZdlno]{Q}(?!{ENDINGS}\b)(?:{L}{A}+|\d\d+)(?:-{A}+)*",
+    rf"[A-Za-z]+[AEIOUYaeiouy]{Q}[AEIOUaeiou]{L}*|[A-Za-z]+[Oo]{Q}[A-Z][A-Za-z]+|(?i:c{Q}mon|s{Q}mores|nat{Q}l|e{Q}er)",
+    rf"(?i:y){Q}(?={L})|(?i:[djl]{Q}(?!{ENDINGS}\b)|ol{Q})",
+    r"(?i:anti|pro)-",
     # signs
     rf"[{''.join(QUOTES)}]{{1,2}}",
     r"[<>]?(?::|[;=](?!3))'?-?[()DPp\]\[|{@3dO](?![A-Za-z0-9])|[-^x=~<>'\u2019oOT]_[-^x=~<>'\u2019oOT]|([0ua])_\1",
@@ -149,14 +151,18 @@ CUT = re.compile("['\u2019](?:s|m|d|re|ve|ll)|n['\u2018\u2019`]t")
 APOSTROPHES = str.maketrans("\u2018\u2019", "`'")
 
 
-def tokens(text: str) -> list[str]:
+def tokens(caption: str, following: str = "") -> list[str]:
     """Return the tokens of one caption in lower case, punctuation included.
 
     A number with a fraction ("1 1/2") or a telephone number is one token that holds no-break spaces.
+
+    Args:
+      following: What the program reads after the caption, in the same file. It matters to "plan B." and "no." alone.
     """
-    text = _spelt(text)
+    text = _spelt(" ".join(caption.splitlines()))
+    end, text = len(text), f"{text}\n{following}"
     found, at = [], 0
-    while at < len(text):
+    while at < end:
         if text[at].isspace():
             at += 1
             continue
@@ -168,9 +174,14 @@ def tokens(text: str) -> list[str]:
     return found
 
 
-def words(text: str) -> str:
+def words(caption: str, following: str = "") -> str:
     """Return what is scored of a caption: its tokens without COCO's punctuation marks, one space between them."""
-    return " ".join(token for token in tokens(text) if token not in DROPPED)
+    return " ".join(token for token in tokens(caption, following) if token not in DROPPED)
+
+
+def all_words(captions: list[str]) -> list[str]:
+    """Return `words` of captions that the program would read from one file, line by line."""
+    return [words(caption, following) for caption, following in itertools.pairwise([*captions, ""])]
 
 
 def _reach(match: re.Match) -> int:
@@ -192,7 +203,8 @@ def _spelt_character(character: str) -> str:
         return " "
     if SIGN.match(character) or character in "\u2010\u2011\u00a0":
         return character
-    return character if unicodedata.category(character)[0] in "LM" or character.isdigit() else " "
+    mark = unicodedata.category(character)[0] == "M" and character < "\u1dc0"  # later: emoji's selectors, and such
+    return character if character.isalnum() or mark else " "
 
 
 def _shown(token: str) -> str:
