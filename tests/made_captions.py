@@ -30,8 +30,53 @@ PLACES = [
     "“quoted”", "‘single’", '"quoted"', "'single'", "``old''", "– that is", "— well", "--oh--", "…", "...", "....", ". . .",
     "™", "©2010", "®", "•", "×", "é", "ñandú", "Zürich", "東京", "Москва", "🐶", "❤️", "→", "5–6", "½", "m²", "No.", "a.m", "St",
 ]  # fmt: skip
-ENDS = ["", "", "", ".", ".", ".", ". ", " .", "!", "?", "..", "...", "!!", ",", ";", " -", ".)", '."', '".', "!'", "etc.", "."]
-JOINS = [" ", " ", " ", " ", " ", " ", ", ", " , ", ",", "; ", ": ", " - ", "-", "--", " -- ", "/", " / ", ". ", ".", "  ", " & "]
+ENDS = [
+    "",
+    "",
+    "",
+    ".",
+    ".",
+    ".",
+    ". ",
+    " .",
+    "!",
+    "?",
+    "..",
+    "...",
+    "!!",
+    ",",
+    ";",
+    " -",
+    ".)",
+    '."',
+    '".',
+    "!'",
+    "etc.",
+    ".",
+]
+JOINS = [
+    " ",
+    " ",
+    " ",
+    " ",
+    " ",
+    " ",
+    ", ",
+    " , ",
+    ",",
+    "; ",
+    ": ",
+    " - ",
+    "-",
+    "--",
+    " -- ",
+    "/",
+    " / ",
+    ". ",
+    ".",
+    "  ",
+    " & ",
+]
 
 
 def captions(count, seed=0):
@@ -42,7 +87,12 @@ def captions(count, seed=0):
 def _caption(rng, plain):
     words = [rng.choice(["A", "a", "The", "the", "Two", "An", "Some", "There's a", '"A', "(A"][: 6 if plain else 10])]
     for _ in range(rng.randint(1, 3)):
-        words += [rng.choice(LOOKS), rng.choice(THINGS), rng.choice(DOES), rng.choice(PLACES if rng.random() < 0.7 else THINGS)]
+        words += [
+            rng.choice(LOOKS),
+            rng.choice(THINGS),
+            rng.choice(DOES),
+            rng.choice(PLACES if rng.random() < 0.7 else THINGS),
+        ]
     joins = [" " if plain and rng.random() < 0.9 else rng.choice(JOINS) for _ in words]
     text = "".join(word + join for word, join in zip(words, joins, strict=True)).strip() + rng.choice(ENDS)
     case = rng.random()
