@@ -2,16 +2,23 @@
 
 import random
 
-THINGS = """dog cat man woman boy girl train bus truck bicycle table bench bridge clock kite surfboard giraffe zebra horse
-    pizza sandwich cake banana street kitchen bathroom field beach river mountain building traffic light fire hydrant stop
-    sign T-shirt teddy bear cell phone remote TV laptop double-decker SUV RV café naïve-looking jalapeño crème-brûlée
-    snowboarder skate-boarder merry-go-round jack-o-lantern x-ray U-turn D.J. VW A&W""".split()
-LOOKS = """red blue black-and-white old young large small two-story three-way four-year-old half-eaten well-lit wooden
+THINGS = """
+    dog cat man woman boy girl train bus truck bicycle table bench bridge clock kite surfboard giraffe zebra
+    horse pizza sandwich cake banana street kitchen bathroom field beach river mountain building traffic light
+    fire hydrant stop sign T-shirt teddy bear cell phone remote TV laptop double-decker SUV RV café
+    naïve-looking jalapeño crème-brûlée snowboarder skate-boarder merry-go-round jack-o-lantern x-ray U-turn
+    D.J. VW A&W
+"""
+LOOKS = """
+    red blue black-and-white old young large small two-story three-way four-year-old half-eaten well-lit wooden
     multi-colored semi-trailer brightly-colored 1950s '90s-style 10-foot 6-inch 4x4 3-D half-moon un-peeled
-    grey/white red/white/blue light-blue polka-dot 18th-century mid-air close-up ready-to-eat state-of-the-art""".split()
-DOES = """sits stands is isn't sitting riding holding doesn't hold can't reach couldn't see won't eat has hasn't eaten
-    they're watching who's near that's on it's by he'd like she'll take we've seen I'm at there's wouldn't've let's cannot
-    gonna wanna gotta ain't y'all o'clock don’t it’s who’s goin' 'em 'til rock'n'roll lookin' at""".split()
+    grey/white red/white/blue light-blue polka-dot 18th-century mid-air close-up ready-to-eat state-of-the-art
+"""
+DOES = """
+    sits stands is isn't sitting riding holding doesn't hold can't reach couldn't see won't eat has hasn't eaten
+    they're watching who's near that's on it's by he'd like she'll take we've seen I'm at there's wouldn't've
+    let's cannot gonna wanna gotta ain't y'all o'clock don’t it’s who’s goin' 'em 'til rock'n'roll lookin' at
+"""
 PLACES = [
     "on a table", "in front of St. Paul's", "at 5 p.m.", "at 12:30 pm", "on Main St.", "on 5th Ave.", "near Mt. Rainier",
     "in the U.S.", "in Washington, D.C.", "at the O.K. corral", "in L.A.", "with Mr. and Mrs. Smith", "at Dr. Who's",
@@ -88,10 +95,10 @@ def _caption(rng, plain):
     words = [rng.choice(["A", "a", "The", "the", "Two", "An", "Some", "There's a", '"A', "(A"][: 6 if plain else 10])]
     for _ in range(rng.randint(1, 3)):
         words += [
-            rng.choice(LOOKS),
-            rng.choice(THINGS),
-            rng.choice(DOES),
-            rng.choice(PLACES if rng.random() < 0.7 else THINGS),
+            rng.choice(LOOKS.split()),
+            rng.choice(THINGS.split()),
+            rng.choice(DOES.split()),
+            rng.choice(PLACES if rng.random() < 0.7 else THINGS.split()),
         ]
     joins = [" " if plain and rng.random() < 0.9 else rng.choice(JOINS) for _ in words]
     text = "".join(word + join for word, join in zip(words, joins, strict=True)).strip() + rng.choice(ENDS)

@@ -42,8 +42,8 @@ NAMES = "ark az del ill la mass miss ore pa tex wash"
 NUMBERED = "art ca fig figs no nos op pp prop"
 """Keep it before a number."""
 OPENERS = """
-    a after an as at but he her here however if in it last many more mr. now once one other our according she since so some
-    such that the their then there these they this we what when while yet you
+    a after an as at but he her here however if in it last many more mr. now once one other our according she since so
+    some such that the their then there these they this we what when while yet you
 """
 """Before these with a capital, a new sentence begins: a single letter ("plan B.") then gives up its full stop."""
 IN_TWO = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}
