@@ -1,7 +1,7 @@
 """The public sets by name: `read("vqa_v2", "/data/vqa", "val")`.
 
-Their files are read where they are, as published; nothing is downloaded. To add a set: a function that yields items from
-(folder, split), the names of the file that a split has, and a line here.
+Their files are read where they are, as published; nothing is downloaded. To add a set: a function that yields items
+from (folder, split), the names of the file that a split has, and a line here.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def read(name: str, folder, split: str, first: int = 0) -> Iterator[Item]:
     """Yield the items of a split, from number `first` on; pictures as where they lie (`item.picture` reads them).
 
     Raises:
-      UserError: naming file and id, if a file is missing or broken, ids of two files do not match, or answers are missing.
+      UserError: naming file and id, if a file is missing or broken, the ids of two do not match, or answers are missing.
     """
     found, folder, split = find(name), pathlib.Path(folder), SYNONYMS.get(split, split)
     if found.items is edits.edits:

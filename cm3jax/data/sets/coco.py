@@ -86,7 +86,7 @@ def panoptic(folder: pathlib.Path, split: str) -> Iterator[Item]:
         yield Item(str(key), "segmentation", values, {"categories": what}, str(key), **_origin(data, images[key]))
 
 
-# ---------------------------------------------------------------------------------------------------------- shared parts
+# -------------------------------------------------------------------------------------------------------- shared parts
 
 
 def _open(folder: pathlib.Path, kind: str, split: str) -> tuple[pathlib.Path, dict, dict[Any, dict]]:

@@ -33,6 +33,7 @@ class Coloured:
     categories: tuple[tuple[int, int], ...]
 
 
+Number = int | float
 Value = str | bytes | pathlib.Path | Coloured
 """Of a field: text; an encoded picture; where one lies; a map to be painted."""
 
@@ -208,7 +209,7 @@ def size(value: Value, root: pathlib.Path) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------- boxes
 
 
-def located(boxes: list[tuple[str, float, float, float, float]], width: float, height: float) -> list[dict]:
+def located(boxes: list[tuple[str, Number, Number, Number, Number]], width: Number, height: Number) -> list[dict]:
     """Return the boxes that the centre crop of a picture shows, the largest first, at most MOST.
 
     Args:
@@ -235,12 +236,5 @@ def told(things: list[dict]) -> str:
 
 
 def listed(things: list[dict]) -> str:
-    """Return a caption that names what there is, for sets without captions: "dog, two cats" without its numbers."""
+    """Return a caption that names what there is, for sets without captions: "dog, cat" of a dog and two cats."""
     return ", ".join(dict.fromkeys(thing["name"] for thing in things))
-
-
-def items_of(found: Iterator[Item], first: int) -> Iterator[Item]:
-    """Yield the items from number `first` on."""
-    for i, item in enumerate(found):
-        if i >= first:
-            yield item
