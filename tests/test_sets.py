@@ -310,7 +310,7 @@ def test_prepare_reads_a_set(made):
     assert opened.fingerprint() == sources.open(config.Prepare(source=f"set:{name}:{folder}:{split}")).fingerprint()
 
 
-# -------------------------------------------------------------------------------------------------------- each set alone
+# ------------------------------------------------------------------------------------------------------- each set alone
 
 
 def test_coco_captions(tmp_path):

@@ -85,7 +85,8 @@ def open(prepare: config.Prepare) -> Sets:
         folder, split = rest, ""
     if not folder:
         raise UserError(
-            f"source {prepare.source!r}: must be set:NAME:FOLDER or set:NAME:FOLDER:SPLIT, such as set:vqa_v2:/data/vqa:val"
+            f"source {prepare.source!r}: must be set:NAME:FOLDER or set:NAME:FOLDER:SPLIT, such as"
+            " set:vqa_v2:/data/vqa:val"
         )
     catalogue.find(name)
     wanted = (catalogue.SYNONYMS.get(split, split),) if split else catalogue.splits(name, folder)

@@ -1,11 +1,11 @@
 """How many questions about pictures are answered as people answered them: VQA, VizWiz, OK-VQA; and ScienceQA's choices.
 
-A question of VQA has ten answers of ten people. An answer is right as far as three of them gave it: min(n / 3, 1), where
-n leaves out one person at a time, and the ten figures are averaged (arXiv 1505.00468 section 5, and the evaluation page
-of visualqa.org). Before that, answers are made alike: lower case, no punctuation and no articles, numbers up to ten as
-digits, apostrophes put back into contractions. The published evaluation does so only where the ten people do not all say
-the same, and so does `accuracy`. Its rules have edges, which are kept: one comma between digits anywhere makes every mark
-vanish that would else become a space, and a full stop stays only before a digit.
+A question of VQA has ten answers of ten people. An answer is right as far as three of them gave it: min(n / 3, 1),
+where n leaves out one person at a time, and the ten figures are averaged (arXiv 1505.00468 section 5, and the
+evaluation page of visualqa.org). Before that, answers are made alike: lower case, no punctuation and no articles,
+numbers up to ten as digits, apostrophes put back into contractions. The published evaluation does so only where the
+ten people do not all say the same, and so does `accuracy`. Its rules have edges, which are kept: one comma between
+digits anywhere makes every mark vanish that would else become a space, and a full stop stays only before a digit.
 """
 
 import itertools

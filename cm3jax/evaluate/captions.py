@@ -1,8 +1,8 @@
 """How close captions are to what people wrote: CIDEr-D, BLEU and ROUGE-L, as published figures for COCO compute them.
 
-The scores count words, so their figures hold only with the words of `ptb`: `evaluate` makes those first; `cider`, `bleu`
-and `rouge` take what is already cut into words. All follow the papers with the choices of COCO's caption evaluation;
-tests/test_captions.py holds them to the PyPI package pycocoevalcap within 1e-9.
+The scores count words, so their figures hold only with the words of `ptb`: `evaluate` makes those first; `cider`,
+`bleu` and `rouge` take what is already cut into words. All follow the papers with the choices of COCO's caption
+evaluation; tests/test_captions.py holds them to the PyPI package pycocoevalcap within 1e-9.
 
 `references` are {id: [captions]}, `candidates` {id: caption}, with the same ids.
 """

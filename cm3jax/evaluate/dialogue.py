@@ -1,8 +1,9 @@
 """VisDial 1.0: how well a hundred candidate answers are ranked for a question of a dialogue about a picture.
 
-NDCG looks at how many people found each candidate fitting (the dense annotations of the 2018 challenge, visualdialog.org):
-the gains are summed over as many places as there are fitting candidates, each divided by log2(place + 1), and compared
-with the best order's. MRR, recall and mean rank look at the one answer of the dialogue (arXiv 1611.08669 section 5).
+NDCG looks at how many people found each candidate fitting (the dense annotations of the 2018 challenge,
+visualdialog.org): the gains are summed over as many places as there are fitting candidates, each divided by log2(place
++ 1), and compared with the best order's. MRR, recall and mean rank look at the one answer of the dialogue (arXiv
+1611.08669 section 5).
 """
 
 import numpy as np

@@ -65,7 +65,7 @@ def read(name: str, folder, split: str, first: int = 0) -> Iterator[Item]:
     """Yield the items of a split, from number `first` on; pictures as where they lie (`item.picture` reads them).
 
     Raises:
-      UserError: naming file and id, if a file is missing or broken, the ids of two do not match, or answers are missing.
+      UserError: naming file and id, if a file is missing or broken, ids of two do not match, or answers are missing.
     """
     found, folder, split = find(name), pathlib.Path(folder), SYNONYMS.get(split, split)
     if found.items is edits.edits:

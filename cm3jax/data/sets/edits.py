@@ -47,7 +47,7 @@ def _open(path: pathlib.Path):
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UserError(f"{str(path)!r}: reading parquet needs pyarrow; pip install 'cm3jax[eval]'") from None
+        raise UserError(f"{str(path)!r}: reading parquet needs pyarrow; pip install 'cm3jax[sets]'") from None
     try:
         file = parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError) as e:

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np

@@ -6,7 +6,8 @@ v2_mscoco_val2014_annotations.json           annotations [{question_id, image_id
 OpenEnded_mscoco_val2014_questions.json, mscoco_val2014_annotations.json            (OK-VQA; the same format)
 val2014/COCO_val2014_000000000042.jpg        the pictures of both
 Annotations/val.json                         [{image, question, answers [{answer, ...}], answer_type, answerable}]
-problems.json, pid_splits.json               {id: {question, choices, answer, hint, image, solution, split, ...}}, {split: [id]}
+problems.json                                {id: {question, choices, answer, hint, image, solution, split, ...}}
+pid_splits.json                              {split: [id, ...]}
 val/42/image.png                             ScienceQA's pictures; also images/val/42/image.png
 """
 
