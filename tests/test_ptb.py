@@ -55,6 +55,7 @@ def test_punctuation_is_dropped_from_words_alone():
 
 def test_the_next_line_of_the_file_decides_on_a_full_stop():
     assert ptb.all_words(["plan B.", "The dog", "plan B.", "the dog"]) == ["plan b", "the dog", "plan b.", "the dog"]
+    assert ptb.all_words(["no.", "5 dogs", "no.", "dogs"]) == ["no.", "5 dogs", "no", "dogs"]
 
 
 def test_a_line_break_in_a_caption_is_a_space():
@@ -81,6 +82,12 @@ def test_12000_captions_give_the_tokens_of_the_java_program(tmp_path, capsys):
 def test_plain_captions_give_exactly_the_tokens_of_the_java_program(tmp_path):
     made = captions(24_000, seed=7)[::2]
     assert ptb.all_words(made) == java(made, tmp_path)
+
+
+@pytest.mark.java
+def test_lines_that_depend_on_the_next_are_what_the_java_program_prints(tmp_path):
+    lines = ["plan B.", "The dog", "plan B.", "the dog", "no.", "5 dogs", "no.", "dogs"]
+    assert java(lines, tmp_path) == ptb.all_words(lines)
 
 
 @pytest.mark.java

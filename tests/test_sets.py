@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cm3jax import config
-from cm3jax.data import sources
+from cm3jax.data import prepare, shards, sources
 from cm3jax.data.example import Bad, Example, Reject
 from cm3jax.data.sets import catalogue, item
 from cm3jax.types import UserError
@@ -626,6 +626,17 @@ def test_a_picture_outside_the_folder_is_never_opened(tmp_path):
     opened = sources.open(config.Prepare(source=f"set:coco_captions:{tmp_path / 'coco'}"))
     bad, good = [found for job in opened.jobs(1) for found in opened.read(job)]
     assert isinstance(bad, Reject) and bad.reason == "path leaves the folder" and isinstance(good, Example)
+
+
+def test_a_prepared_record_holds_the_task_its_texts_and_the_truth(tmp_path):
+    science_qa(tmp_path / "set")
+    settings = config.Prepare(source=f"set:science_qa:{tmp_path / 'set'}:val", resolution=16, workers=1)
+    prepare.prepare(settings, tmp_path / "out", progress=False)
+    path = shards.files(tmp_path / "out")["validation"][0]
+    record = shards.decode(shards.open_file(str(path)).read([0])[0])
+    assert record.key == "val/5" and record.fields["task"] == "reasoning" and record.fields["truth"]["answer"] == 0
+    assert record.parts[2] == record.fields["values"]["options"] == "(A) West Virginia (B) Louisiana"
+    assert record.parts[5].shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(

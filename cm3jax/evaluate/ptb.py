@@ -118,7 +118,7 @@ RULES = [
     rf"{_any(ALWAYS)}\.",
     rf"(?![A-Z]+\.){_any(NOT_SHOUTED)}\.",
     rf"(?=[A-Z]){_any(NAMES)}\.",
-    rf"{_any(NUMBERED)}\.(?=(?P<ahead>[ \u00a0]?\d))",
+    rf"{_any(NUMBERED)}\.(?=(?P<ahead>[ \n\u00a0]?\d))",
     # apostrophes
     r"[A-Za-z]*[A-Za-mo-z](?=(?P<ahead>(?i:n['\u2018\u2019`]t)))",
     r"(?i:n['\u2018\u2019`]t)",
