@@ -28,11 +28,12 @@ hypothesis.settings.load_profile("default")
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tier too")
     parser.addoption("--network", action="store_true", help="run the tests that need the internet too")
+    parser.addoption("--java", action="store_true", help="run the tests that need a Java runtime too")
 
 
 def pytest_collection_modifyitems(config, items):
     """Deselect, rather than skip, what the options do not ask for: nothing ever reads as skipped."""
-    off = [name for name in ("slow", "network") if not config.getoption(f"--{name}")]
+    off = [name for name in ("slow", "network", "java") if not config.getoption(f"--{name}")]
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in off)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from cm3jax import config
-from cm3jax.data import paths, sources_folder, sources_scenes, sources_tfds, sources_webdataset
+from cm3jax.data import paths, sources_folder, sources_scenes, sources_sets, sources_tfds, sources_webdataset
 from cm3jax.data.example import Example, Reject
 from cm3jax.types import UserError
 
 KINDS = (
-    "scenes:easy, scenes:full, scenes:rare, tfds:NAME, a folder with metadata.jsonl or metadata.csv, or WebDataset tars"
-    " such as 'data/{00000..00009}.tar'"
+    "scenes:easy, scenes:full, scenes:rare, tfds:NAME, set:NAME:FOLDER, a folder with metadata.jsonl or metadata.csv,"
+    " or WebDataset tars such as 'data/{00000..00009}.tar'"
 )
 
 
@@ -47,6 +47,8 @@ def open(prepare: config.Prepare) -> Source:
         return sources_scenes.open(prepare)
     if name.startswith("tfds:"):
         return sources_tfds.open(prepare)
+    if name.startswith(sources_sets.PREFIX):
+        return sources_sets.open(prepare)
     if "://" in name or name.startswith("pipe:"):
         raise UserError(
             f"source {name!r}: only files on a disk of this machine are read; mount the bucket, or download it first"
