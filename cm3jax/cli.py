@@ -514,6 +514,19 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tasks:
+    """List the tasks of instruction tuning, each with an example."""
+
+    name: Positional[Annotated[str, arg(metavar="TASK")]] = ""
+    """One of them alone, with all its wordings; "": all."""
+
+    def __call__(self):
+        from cm3jax.tasks import show
+
+        print(show.one(self.name) if self.name else show.all())
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Show versions, devices, memory and disk, what is missing and how to get it."""
 
@@ -534,6 +547,7 @@ VERBS = {
     "retrieve build": RetrieveBuild,
     "retrieve query": RetrieveQuery,
     "evaluate": Evaluate,
+    "tasks": Tasks,
     "plan": Plan,
     "bench": Bench,
     "doctor": Doctor,
