@@ -143,7 +143,8 @@ class Prepare:
     """Decode and crop a source into records of one size."""
 
     source: str = ""
-    """scenes:easy, :full, :rare, tfds:NAME, a folder with metadata.jsonl/.csv, or WebDataset tars (braces allowed)."""
+    """scenes:easy, :full, :rare, :tasks, tfds:NAME, a folder with metadata.jsonl/.csv, or WebDataset tars (braces
+    allowed)."""
     resolution: int = 256
     """Side of the square picture: shorter side to this (Lanczos), then a centre crop."""
     count: int = 0

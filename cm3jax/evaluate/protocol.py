@@ -158,12 +158,17 @@ def first(record) -> tuple[str | None, np.ndarray | None]:
     return text, next((part for part in record.parts if encode.is_picture(part)), None)
 
 
+def plain(record) -> bool:
+    """Return whether a record is a caption and its picture; of tasks, those captions are that begin with no words."""
+    return record.fields.get("task", "caption") == "caption" and not record.fields.get("wording")
+
+
 def pairs(prepared, split: str, most: int) -> Pairs:
     """Return the first pairs of a split; records without both a text and a picture are passed over."""
     captions, pictures, truths, level = [], [], [], ""
     for record in shards.Reader(prepared, split):
         text, picture = first(record)
-        if text is None or picture is None:
+        if text is None or picture is None or not plain(record):
             continue
         captions.append(text)
         pictures.append(picture)
