@@ -547,10 +547,13 @@ class Mask:
     without any, whole captions are hardly ever masked, which captioning and guidance need)."""
     captions: float = 0.0
     """Of those, the share that masks exactly one whole text (ours): short trainings learn to caption sooner."""
+    answers: float = 0.0
+    """Of the documents that a task made, the share that masks exactly the fields that the task declares as its answer
+    (ours: 0.5 in instruction tuning). A picture that ends its document is not moved: nothing is masked there."""
 
     def __post_init__(self):
         within(self, "mask", 0, math.inf, "spans")
-        within(self, "mask", 0, 1, "rotate", "captions")
+        within(self, "mask", 0, 1, "rotate", "captions", "answers")
 
 
 @dataclasses.dataclass(frozen=True)
