@@ -215,10 +215,10 @@ def fingerprint(tokens: Tokens, stage: DecoderStage, vocab: Vocab) -> str:
     if own := retrieving(tokens):
         more += [own.fingerprint(), stage.retrieved]
     mask = configs.to_json(stage.mask)
-    if mask["answers"]:
+    if not stage.mask.answers:  # what was trained before there were tasks has the fingerprint that it had
+        mask.pop("answers", None)
+    elif len(tokens.marks):
         more.append(hashlib.sha256(tokens.marks.astype("<i4").tobytes()).hexdigest())
-    else:
-        del mask["answers"]  # what was trained before there were tasks has the fingerprint that it had
     return configs.digest(lengths, stage.packing, mask, vocab, stage.training.batch, stage.training.seed, *more)
 
 
