@@ -292,6 +292,31 @@ def test_scores_are_summed_by_task_and_kind():
     assert all(row["accuracy"] == row["whole"] == 1 for row in table.values())
 
 
+def test_answers_are_measured_by_task_with_an_example_of_each():
+    """One who knows all is right; one who always gives the first document's answer is not."""
+    found = [scenes.record("tasks", 3, i, "test", SIDE) for i in range(45)]
+    asked = collections.Counter()
+
+    def knows(name, values, wording):
+        asked[name] += len(values)
+        assert not set(table.TASKS[name].answer) & set().union(*values)
+        same = [one for one in found if (one.fields["task"], one.fields["wording"]) == (name, wording)]
+        return [answer(one) for one in same][: len(values)]
+
+    scores, examples = judges.measure(found, knows, 3)
+    assert all(scores[name]["whole"] == 1 and scores[name]["examples"] == 3 for name in table.TASKS)
+    assert asked == dict.fromkeys(table.TASKS, 3)
+    assert [one["task"] for one in examples] == list(table.TASKS) and all(one["correct"] for one in examples)
+    edit, question = examples[0], examples[list(table.TASKS).index("question")]
+    assert len(edit["given"]) == 1 and np.array_equal(edit["drawn"], edit["wanted"]) and "instruction: " in edit["said"]
+    assert question["said"].endswith("?") and question["drawn"] == question["wanted"]
+
+    def first(name, values, wording):
+        return [answer(next(one for one in found if one.fields["task"] == name))] * len(values)
+
+    assert np.mean([row["whole"] for row in judges.measure(found, first, 3)[0].values()]) < 0.6
+
+
 @pytest.mark.slow
 @task
 def test_400_of_each_task_are_read_back(task):

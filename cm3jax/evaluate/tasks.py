@@ -5,8 +5,9 @@ counted as `evaluate.scenes` does: by looks and place, extra ones cost. Of words
 its four limbs and its colour; of an answer, one thing: it is right or not.
 """
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from cm3jax.data.scenes_tasks import Truth
 from cm3jax.data.scenes_world import Scene
 from cm3jax.evaluate import scenes as judges
 from cm3jax.evaluate.scenes import Score
-from cm3jax.tasks import table
-from cm3jax.types import UserError
+from cm3jax.tasks import table, templates
+from cm3jax.types import Record, UserError
 
 
 def score(truth: Truth, drawn: dict[str, Any]) -> Score:
@@ -83,6 +84,52 @@ def edited(truth: Truth, drawn: np.ndarray) -> dict[str, bool]:
     return {
         "changed": all(read.get(place) == after.get(place) for place in changed),
         "kept": not shown.unread and all(read.get(place) == after.get(place) for place in places - changed),
+    }
+
+
+Answerer = Callable[[str, Sequence[dict[str, Any]], int], list[dict[str, Any]]]
+"""(task, the fields of each row but the answer's, which wording) -> {field: answer} of each row."""
+
+
+def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dict, list[dict[str, Any]]]:
+    """Return (`summary`, an example of each task) of the answers to the first `most` records of each task.
+
+    An example holds what was given and asked for in reading order, what came, and whether that is right.
+    """
+    groups: dict[tuple[str, int], list[Record]] = {}
+    counts = collections.Counter()
+    for record in records:
+        task = record.fields.get("task", "")
+        if task in table.TASKS and "truth" in record.fields and counts[task] < most:
+            groups.setdefault((task, record.fields["wording"]), []).append(record)
+            counts[task] += 1
+    truths, scores, examples = [], [], {}
+    for (task, wording), found in groups.items():
+        wanted = table.TASKS[task].answer
+        values = [templates.read(task, record.parts) for record in found]
+        given = [{name: value for name, value in row.items() if name not in wanted} for row in values]
+        drawn = answer(task, given, wording)
+        known = [scenes_tasks.from_json(record.fields["truth"]) for record in found]
+        judged = [score(truth, row) for truth, row in zip(known, drawn, strict=True)]
+        examples.setdefault(task, example(found[0], drawn[0], judged[0]))
+        truths, scores = truths + known, scores + judged
+    return summary(truths, scores), [examples[task] for task in scenes_tasks.ORDER if task in examples]
+
+
+def example(record: Record, drawn: dict[str, Any], judged: Score) -> dict[str, Any]:
+    """Return what a page shows of one answer; "drawn" and "wanted" are pictures, or texts."""
+    task = table.TASKS[record.fields["task"]]
+    values = templates.read(task.name, record.parts)
+    one = lambda found: found[task.answer[0]] if task.draws else " ".join(found[name] for name in task.answer)  # noqa: E731
+    given = [part for part in record.parts[: -1 if task.draws else None] if not isinstance(part, str)]
+    said = " ".join(f"{name}: {value}" for name, value in values.items() if isinstance(value, str))
+    return {
+        "task": task.name,
+        "given": given,
+        "said": said if task.draws else " ".join(x for x in (values.get("question"), values.get("options")) if x),
+        "drawn": one(drawn),
+        "wanted": one(values),
+        "correct": judged.whole,
     }
 
 
