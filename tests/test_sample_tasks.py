@@ -80,6 +80,28 @@ def test_every_field_of_an_answer_comes_back_and_depends_on_seed_and_place_alone
     assert tasks.answer(generator, task, []) == []
 
 
+def forced(generator, ids, hidden):
+    """Return the scores of a row that is trained on, float32 [t, v]."""
+    row = ids.astype(np.uint16), np.ones(len(ids), np.int32), np.zeros(len(ids), bool), np.array(hidden, np.int64)
+    batch = packing.arrays([(*row, np.zeros(len(ids), bool))], VOCAB, RECIPE.decoder.packing)
+    inputs = (jnp.asarray(batch[name]) for name in ("inputs", "positions", "segments"))
+    state, _ = generator.model.apply({"params": generator.params}, *inputs)
+    return np.asarray(decoder.scores(decoder.output(generator.params, MODEL), state))[0]
+
+
+def test_an_edit_is_drawn_code_by_code_as_training_has_it(generator):
+    """The second picture of a row stands at the places of the first one."""
+    row = values("edit")
+    (known,) = tasks.encoded(generator, table.find("edit"), [row])
+    prompt = templates.prompt("edit", known, generator.text, VOCAB)
+    (codes,) = generator._codes([prompt], [CODES], 0, generate.GREEDY)
+    scores = forced(generator, np.concatenate([prompt.ids, codes + VOCAB.image_start]), ())
+    likeliest = scores[len(prompt.ids) - 1 :][:CODES, VOCAB.image_start : VOCAB.sentinel_start].argmax(-1)
+    assert likeliest.tolist() == codes.tolist()
+    (found,) = tasks.answer(generator, "edit", [row], 0, generate.GREEDY)
+    assert np.array_equal(found["edited_image"], generator.image.decode(codes[None])[0])
+
+
 def test_the_second_field_is_written_behind_the_first(generator):
     """What is drawn is likeliest as teacher forcing on the whole row has it, positions included."""
     row = values("reasoning")
@@ -89,14 +111,7 @@ def test_the_second_field_is_written_behind_the_first(generator):
     ids = [generator._span_ids([first], 0, generate.GREEDY, 5)[0]]
     second = templates.following(first, ids[0], VOCAB)
     ids.append(generator._span_ids([second], 1, generate.GREEDY, 5)[0])
-    whole = np.concatenate([second.ids, ids[1]])
-    line = whole.astype(np.uint16), np.ones(len(whole), np.int32), np.zeros(len(whole), bool)
-    hidden, none = np.array(second.hidden), np.zeros(len(whole), bool)
-    batch = packing.arrays([(*line, hidden, none)], VOCAB, RECIPE.decoder.packing)
-    state, _ = generator.model.apply(
-        {"params": generator.params}, *(jnp.asarray(batch[k]) for k in ("inputs", "positions", "segments"))
-    )
-    scores = np.asarray(decoder.scores(decoder.output(generator.params, MODEL), state))[0]
+    scores = forced(generator, np.concatenate([second.ids, ids[1]]), second.hidden)
     text = np.arange(VOCAB.text_start + 1, VOCAB.text_start + generator.text.size)
     at, drawn = len(second.ids) - 1, int(ids[1][0])
     assert drawn == text[scores[at, text].argmax()]

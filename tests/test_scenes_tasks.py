@@ -327,13 +327,12 @@ def test_400_of_each_task_are_read_back(task):
 # -------------------------------------------------------------------------------------------------------------- source
 
 
-def test_the_source_gives_256_test_documents_of_each_task_and_they_survive_preparation(tmp_path, monkeypatch):
+def test_the_source_holds_out_256_documents_of_each_task_and_they_survive_preparation(tmp_path, monkeypatch):
     settings = config.Prepare(source="scenes:tasks", resolution=24, count=15, workers=1)
     source = sources.open(settings)
-    assert source.size("test") == 256 * 15 and source.size("train") == 15
+    assert source.size("test") == source.size("validation") == 256 * 15 and source.size("train") == 15
     assert sources.open(dataclasses.replace(settings, count=0)).size("train") == 16 * 256 * 15
     monkeypatch.setattr(sources_scenes, "EACH", 1)
-    monkeypatch.setattr(sources_scenes, "HELD_OUT", 2)
     prepare.prepare(settings, tmp_path, progress=False)
     for i, one in enumerate(shards.Reader(tmp_path, "train")):
         known = scenes.record("tasks", 0, i, "train", 24)

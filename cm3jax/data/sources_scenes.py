@@ -14,7 +14,8 @@ CATALOGUE = {"bank": 920, "late": 232, "web": 20_000}
 """`scenes:rare`: two documents of each name to retrieve, an eighth as many of pairs; what the retriever learns from."""
 
 EACH, MORE = 256, 16
-"""`scenes:tasks`: test documents of each task, and how often as many are trained on where the config names no count."""
+"""`scenes:tasks`: held-out documents of each task in each split, and how often as many are trained on where the config
+names no count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Scenes:
     count: int
 
     def size(self, split: str) -> int:
-        if self.level == scenes_world.TASKS and split == "test":
+        if self.level == scenes_world.TASKS and split != "train":
             return EACH * len(scenes_tasks.ORDER)
         return {"train": self.count, **CATALOGUE}.get(split, HELD_OUT)
 
