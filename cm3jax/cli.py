@@ -27,6 +27,7 @@ from cm3jax.types import UserError
 MASK = "<mask>"  # sample.generate's, which would load jax
 PUBLISHED = "published"
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
+FeatureName = Literal["edges", "segmentation", "hed", "pose", "depth", "normals", "scribble"]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
 
 
@@ -35,7 +36,8 @@ class Prepare:
     """Decode and crop a data source into records of one size, in OUT/prepared/."""
 
     source: Positional[Annotated[str, arg(metavar="SOURCE")]]
-    """scenes:easy, :full, :rare, tfds:NAME, a folder with metadata.jsonl/.csv, or WebDataset tars (braces allowed)."""
+    """scenes:easy, :full, :rare, :tasks, tfds:NAME, a folder with metadata.jsonl/.csv, or WebDataset tars (braces
+    allowed)."""
     out: Positional[Annotated[str, arg(metavar="OUT")]]
     """Run folder to write to."""
     prepare: Annotated[configs.Prepare, flags.FLAT] = configs.Prepare()
@@ -297,6 +299,155 @@ class Infill:
 
 
 @dataclasses.dataclass(frozen=True)
+class Edit:
+    """Change a picture as an instruction says.
+
+    cm3jax edit RUN photo.jpg "make the sky red"
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with text/, image/ and decoder/, tuned on tasks."""
+    picture: Positional[Annotated[str, arg(metavar="PICTURE")]]
+    """Picture file; its centre square is used."""
+    instruction: Positional[Annotated[str, arg(metavar="INSTRUCTION")]]
+    """What to change."""
+    count: int = 1
+    """Pictures."""
+    seed: int = 0
+    out: str = ""
+    """Folder for the pictures; "": RUN/edited."""
+    sampling: Annotated[Sampling, flags.FLAT] = Sampling()
+
+    def __call__(self):
+        from cm3jax import png
+
+        values = {"instruction": stated(self.instruction, "instruction"), "image": png.read(self.picture)}
+        draw_task(self, "edit", values, self.instruction, "edited")
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawFrom:
+    """Draw a caption from a feature image: edges, a scribble, a segmentation or depth map, normals, a pose.
+
+    cm3jax draw-from RUN scribble.png "a red circle, on white" --kind scribble
+
+    cm3jax draw-from RUN photo.jpg "a red circle, on white" --kind edges --of-picture
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with text/, image/ and decoder/, tuned on tasks."""
+    picture: Positional[Annotated[str, arg(metavar="PICTURE")]]
+    """Feature image; its centre square is used."""
+    caption: Positional[Annotated[str, arg(metavar="CAPTION")]]
+    """What to draw."""
+    kind: FeatureName = "edges"
+    """What PICTURE is."""
+    of_picture: bool = False
+    """PICTURE is a photograph or drawing, of which the feature image is to be made: edges (Canny) and scribbles, by
+    pip install 'cm3jax[features]'."""
+    count: int = 1
+    """Pictures."""
+    seed: int = 0
+    out: str = ""
+    """Folder for the pictures; "": RUN/drawn."""
+    sampling: Annotated[Sampling, flags.FLAT] = Sampling()
+
+    def __call__(self):
+        from cm3jax import png
+        from cm3jax.tasks import features
+
+        picture = png.read(self.picture)
+        if self.of_picture:
+            picture = features.make(self.kind, picture)
+        values = {"caption": stated(self.caption), "feature_image": picture}
+        draw_task(self, self.kind, values, self.caption, "drawn")
+
+
+def draw_task(verb: Edit | DrawFrom, task: str, values: dict, title: str, into: str) -> None:
+    """Draw --count pictures of one task, and print where they are."""
+    from cm3jax import png
+
+    run, rows = folder(verb.run), [values] * positive("count", verb.count)
+    seed = seeded(verb.seed)
+    from cm3jax.sample import generate, tasks
+
+    generator = generate.load(run, step=chosen_checkpoint(run))
+    (field,) = tasks.table.find(task).answer
+    for i, found in enumerate(tasks.answer(generator, task, rows, seed, verb.sampling)):
+        print(png.write(verb.out or run / into, found[field], title, verb.seed, i, verb))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """Answer a question about a picture.
+
+    cm3jax ask RUN photo.jpg "What lies on the table?"
+
+    cm3jax ask RUN photo.jpg "Which is a fruit?" --options "(A) apple (B) cup" --reason
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with text/, image/ and decoder/, tuned on tasks."""
+    picture: Positional[Annotated[str, arg(metavar="PICTURE")]]
+    """Picture file; its centre square is looked at."""
+    question: Positional[Annotated[str, arg(metavar="QUESTION")]]
+    """What to answer."""
+    options: str = ""
+    """Answers to choose among, such as "(A) apple (B) cup"."""
+    context: str = ""
+    """With --options: what else is known."""
+    reason: bool = False
+    """With --options: say why first."""
+    seed: int = 0
+    max_text: int = 96
+    """Longest answer, in tokens."""
+    sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
+
+    def __call__(self):
+        from cm3jax import png
+
+        if not self.options and (self.reason or self.context):
+            raise UserError("ask: --reason and --context go with --options, the answers to choose among; add them")
+        task = ("reasoning" if self.reason else "choice") if self.options else "question"
+        values = {"question": stated(self.question, "question"), "image": png.read(self.picture)}
+        print(write_task(self, task, values | {"context": self.context, "options": self.options}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Describe:
+    """Describe a picture, in short or in detail.
+
+    cm3jax describe RUN photo.jpg --long
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder with text/, image/ and decoder/, tuned on tasks."""
+    picture: Positional[Annotated[str, arg(metavar="PICTURE")]]
+    """Picture file; its centre square is looked at."""
+    long: bool = False
+    """In detail."""
+    seed: int = 0
+    max_text: int = 192
+    """Longest description, in tokens."""
+    sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
+
+    def __call__(self):
+        from cm3jax import png
+
+        print(write_task(self, "long_caption" if self.long else "caption", {"image": png.read(self.picture)}))
+
+
+def write_task(verb: Ask | Describe, task: str, values: dict) -> str:
+    """Return the fields of one answer, a line each."""
+    run, seed, max_text = folder(verb.run), seeded(verb.seed), positive("max_text", verb.max_text)
+    from cm3jax.sample import generate, tasks
+
+    generator = generate.load(run, step=chosen_checkpoint(run))
+    (found,) = tasks.answer(generator, task, [values], seed, verb.sampling, max_text)
+    return "\n".join(found.values())
+
+
+@dataclasses.dataclass(frozen=True)
 class Remembering:
     """What a picture was drawn with, beside its caption: written into its file."""
 
@@ -336,10 +487,13 @@ def positive(name: str, value: int) -> int:
     return value
 
 
-def stated(caption: str) -> str:
-    if not caption.strip():  # preparation rejects such captions, so that training never meets one
-        raise UserError(f"caption {caption!r}: is empty; say what the picture shows")
-    return caption
+SAY = {"caption": "what the picture shows", "instruction": "what to change", "question": "what to answer"}
+
+
+def stated(text: str, what: str = "caption") -> str:
+    if not text.strip():  # preparation rejects such captions, so that training never meets one
+        raise UserError(f"{what} {text!r}: is empty; say {SAY[what]}")
+    return text
 
 
 def seeded(value: int) -> int:
@@ -514,6 +668,19 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tasks:
+    """List the tasks of instruction tuning, each with an example."""
+
+    name: Positional[Annotated[str, arg(metavar="TASK")]] = ""
+    """One of them alone, with all its wordings; "": all."""
+
+    def __call__(self):
+        from cm3jax.tasks import show
+
+        print(show.one(self.name) if self.name else show.all())
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Show versions, devices, memory and disk, what is missing and how to get it."""
 
@@ -531,9 +698,14 @@ VERBS = {
     "generate": Generate,
     "caption": Caption,
     "infill": Infill,
+    "edit": Edit,
+    "draw-from": DrawFrom,
+    "ask": Ask,
+    "describe": Describe,
     "retrieve build": RetrieveBuild,
     "retrieve query": RetrieveQuery,
     "evaluate": Evaluate,
+    "tasks": Tasks,
     "plan": Plan,
     "bench": Bench,
     "doctor": Doctor,
@@ -541,6 +713,7 @@ VERBS = {
 RECIPES = {"run": "RECIPE", "plan": "RECIPE", "train": "CONFIG"}
 RECIPES |= {"encode": "RUN", "evaluate": "RUN", "retrieve build": "RUN"}
 SAMPLED = {"generate": "text_to_image", "caption": "image_to_text", "infill": "infill"}
+SAMPLED |= {"edit": "text_to_image", "draw-from": "text_to_image", "ask": "image_to_text", "describe": "image_to_text"}
 FIRST = RECIPES | dict.fromkeys(SAMPLED, "RUN")
 """Verbs whose first argument names where the defaults of their flags come from: a recipe, a run, a run's scores."""
 
@@ -714,7 +887,7 @@ def defaults(verb: str, argv: list[str]):
 
 def chosen(run: pathlib.Path, verb: str) -> Sampling:
     """Return the setting that the run's evaluation chose for what a verb does; the plain one before an evaluation."""
-    plain = Sampling(temperature=0.0) if verb == "caption" else Sampling()
+    plain = Sampling(temperature=0.0) if SAMPLED[verb] == "image_to_text" else Sampling()
     return reported(
         run,
         lambda report: configs.from_json(

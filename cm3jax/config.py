@@ -143,8 +143,8 @@ class Prepare:
     """Decode and crop a source into records of one size."""
 
     source: str = ""
-    """scenes:easy, :full, :rare, tfds:NAME, set:NAME:FOLDER (a public set's files), a folder with metadata.jsonl/.csv,
-    or WebDataset tars (braces allowed)."""
+    """scenes:easy, :full, :rare, :tasks, tfds:NAME, set:NAME:FOLDER (a public set's files), a folder with
+    metadata.jsonl/.csv, or WebDataset tars (braces allowed)."""
     resolution: int = 256
     """Side of the square picture: shorter side to this (Lanczos), then a centre crop."""
     count: int = 0
@@ -551,10 +551,13 @@ class Mask:
     without any, whole captions are hardly ever masked, which captioning and guidance need)."""
     captions: float = 0.0
     """Of those, the share that masks exactly one whole text (ours): short trainings learn to caption sooner."""
+    answers: float = 0.0
+    """Of the documents that a task made, the share that masks exactly the fields that the task declares as its answer
+    (ours: 0.5 in instruction tuning). A picture that ends its document is not moved: nothing is masked there."""
 
     def __post_init__(self):
         within(self, "mask", 0, math.inf, "spans")
-        within(self, "mask", 0, 1, "rotate", "captions")
+        within(self, "mask", 0, 1, "rotate", "captions", "answers")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cm3jax import config as configs
 from cm3jax import curves, metrics
+from cm3jax.tasks import table
 from cm3jax.types import UserError
 
 PACKAGES = ("cm3jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
@@ -84,6 +85,7 @@ def page(run: pathlib.Path, report: dict[str, Any], examples: dict[str, list]) -
         picture=lambda name: data_uri(run / "evaluate" / name),
         charts=charts(run),
         settings=settings(report),
+        drawing={name for name, task in table.TASKS.items() if task.draws},
         recipe=read(recipe) if recipe.is_file() else {},
         versions=report.get("protocol", {}).get("versions") or versions(),
     )

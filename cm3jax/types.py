@@ -14,13 +14,18 @@ Part = str | np.ndarray
 """One part of a document, told apart by type: `str` is text; uint8 [h, w, 3] a picture; uint16 [n] image codes."""
 
 
+ANSWER = "answer"
+"""Kind of the regions that SFT masks; the only one that may lie in a text, from character x0 to x1 of it, as shares."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Region:
     """A box in one picture part, in fractions of its sides, (x0, y0) upper left and (x1, y1) lower right."""
 
     part: int
     kind: str
-    """"face" or "object" train the tokenizer's region losses (arXiv 2203.13131); other kinds are carried along."""
+    """"face" or "object" train the tokenizer's region losses (arXiv 2203.13131); `ANSWER`: what a task asks for; other
+    kinds are carried along."""
     box: tuple[float, float, float, float]
     label: str = ""
 

@@ -41,8 +41,9 @@ RECORDS = [
 @pytest.mark.parametrize("batch", [1, 2, 3, 100])
 def test_every_record_keeps_its_own_pictures(tokenizer, batch):
     found = list(encode.documents(RECORDS, codes, tokenizer, VOCAB, batch))
-    assert [key for key, _ in found] == [record.key for record in RECORDS]
-    for record, (_, ids) in zip(RECORDS, found, strict=True):
+    assert [key for key, _, _ in found] == [record.key for record in RECORDS]
+    for record, (_, ids, answers) in zip(RECORDS, found, strict=True):
+        assert not len(answers)  # no task made them
         parts = [codes(p[None])[0] if encode.is_picture(p) else p for p in record.parts]
         assert np.array_equal(ids, document.encode(parts, tokenizer, VOCAB))
 

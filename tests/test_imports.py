@@ -14,6 +14,7 @@ FLOORS = [
     {"sharding", "rng", "trees", "hosts"},
     {"nn"},
     {"tokenizers", "objectives"},
+    {"tasks"},
     {"data"},
     {"checkpoint", "optim", "metrics", "stages"},
     {"retrieval"},
@@ -27,7 +28,13 @@ FLOORS = [
 """From the ground up. A module imports only lower floors, its own folder, and single files of its own floor."""
 APART = {"train", "sample"}
 """Neighbours on one floor that never import each other."""
-NO_JAX = ["cm3jax.data", "cm3jax.tokenizers.text", "cm3jax.tokenizers.document", "cm3jax.tokenizers.clip"]
+NO_JAX = [
+    "cm3jax.data",
+    "cm3jax.tasks",
+    "cm3jax.tokenizers.text",
+    "cm3jax.tokenizers.document",
+    "cm3jax.tokenizers.clip",
+]
 NO_JAX += ["cm3jax.objectives.causal_mask", "cm3jax.objectives.places"]
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "transformers", "faiss", "sklearn", "skimage", "matplotlib"}
 

@@ -67,6 +67,30 @@ def test_the_page_shows_which_documents_were_retrieved_and_what_they_bring(tmp_p
     assert "Retrieved documents" not in page(run).text
 
 
+def test_the_page_shows_every_task_with_what_was_given_what_came_and_what_is_true(tmp_path):
+    fake_run.make(tmp_path)
+    known, path = json.loads((tmp_path / "report.json").read_text()), tmp_path / "evaluate" / "examples.json"
+    Image.new("RGB", (4, 4)).save(tmp_path / "evaluate" / "task.png")
+    edit = {"task": "edit", "given": ["task.png"], "said": "instruction: make it red", "correct": False}
+    ask = {"task": "question", "given": ["task.png"], "said": "Which shape?", "correct": True}
+    rows = [edit | dict.fromkeys(("drawn", "wanted"), "task.png"), ask | {"drawn": "a ring", "wanted": "a star"}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": rows}))
+    before = page_after(tmp_path, known)
+    scores = {"edit": {"accuracy": 0.875, "whole": 0.5, "examples": 256}}
+    found = page_after(tmp_path, known | {"tasks": scores})
+    assert found.tags.count("img") == before.tags.count("img") + 3 + 1
+    text = " ".join(found.text.split())
+    assert "edit0.8750.500256" in text.replace(" ", "") and "instruction: make it red" in text
+    assert "Which shape?→ a ring" in text.replace("? →", "?→") and "true: a star" in text and "Tasks" not in before.text
+
+
+def page_after(run, known):
+    """Return the page of a run whose report.json holds this."""
+    (run / "report.json").write_text(json.dumps(known))
+    report.write(run)
+    return page(run)
+
+
 def test_every_example_is_shown_once_in_each_sheet(run):
     assert page(run).tags.count("img") == 16 * (1 + 1 + 3 + 2)
 

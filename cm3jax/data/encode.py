@@ -86,8 +86,11 @@ def records(paths: list[pathlib.Path], workers: int) -> Iterator[Record]:
 
 def documents(
     records: Iterable[Record], codes: Codes, tokenizer: text.Tokenizer, vocab: Vocab, batch: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (key, ids) of records, with at most `batch` pictures, plus those of one record, tokenized at a time."""
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield (key, ids, answers) of records.
+
+    At most `batch` pictures, plus those of one record, are tokenized at a time.
+    """
     waiting, count = [], 0
     for record in records:
         waiting.append(record)
@@ -100,13 +103,13 @@ def documents(
 
 def encode_records(
     records: list[Record], codes: Codes, tokenizer: text.Tokenizer, vocab: Vocab
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (key, ids) of records whose pictures all go through the image tokenizer at once."""
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield (key, ids, answers) of records whose pictures all go through the image tokenizer at once."""
     pictures = [part for record in records for part in record.parts if is_picture(part)]
     drawn = iter(codes(np.stack(pictures)) if pictures else ())
     for record in records:
         parts = [next(drawn) if is_picture(part) else part for part in record.parts]
-        yield record.key, document.encode(parts, tokenizer, vocab)
+        yield record.key, *document.marked(parts, record.regions, tokenizer, vocab)
 
 
 def is_picture(part: Part) -> bool:

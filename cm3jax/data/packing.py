@@ -196,6 +196,52 @@ def draw_spans(ids: np.ndarray, vocab: Vocab, mask: Mask, packing: Packing, rng:
     return causal_mask.spans(ids, vocab, mask, rng, packing.most_spans if packing.kind == "whole" else None)
 
 
+def answers(plan: Plan, r: int, tokens: Tokens, packing: Packing) -> dict[int, np.ndarray]:
+    """Return where in row r the answers of its whole documents stand, of those that have any.
+
+    Returns:
+      {number of the document, as `read` counts: int64 [k, 2]}; without an answer that ends its document, which is
+      what comes after all else already: its prompt is the document before it.
+    """
+    documents, skip = plan.row(r)
+    found, at = {}, 0
+    for number, i in enumerate(documents.tolist(), 1):
+        length, spans = int(tokens.lengths[i]), tokens.answers(i)
+        if len(spans) and not skip and at + length + 2 <= packing.length:
+            found[number] = spans[spans[:, 1] < length] + at + 1
+        at, skip = at + length + frame(packing) - skip, 0
+    return found
+
+
+def with_answers(
+    spans: np.ndarray,
+    document: np.ndarray,
+    found: dict[int, np.ndarray],
+    vocab: Vocab,
+    mask: Mask,
+    packing: Packing,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Return the spans to move in a row where a share `mask.answers` of the documents masks exactly its answers.
+
+    The others keep the spans that the CM3 law drew for them. Where a row has no room for the markers of all, documents
+    further back keep theirs, and those give way.
+
+    Args:
+      spans: From `draw_spans`.
+      document: As from `read`.
+      found: From `answers`.
+    """
+    most = min(packing.most_spans, vocab.sentinels - 1) if packing.kind == "whole" else vocab.sentinels - 1
+    chosen, count = {}, 0
+    for (number, own), u in zip(found.items(), rng.random(len(found)), strict=True):
+        if u < mask.answers and count + len(own) <= most:
+            chosen[number], count = own, count + len(own)
+    others = spans[~np.isin(document[spans[:, 0]], list(chosen))][: most - count]
+    together = np.concatenate([others, *chosen.values()])
+    return together[np.argsort(together[:, 0], kind="stable")]
+
+
 def masked(
     ids: np.ndarray,
     document: np.ndarray,

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import absl.flags
 import grain
@@ -106,7 +106,11 @@ class Batches:
         (plan, tokens), epoch, r = self.epochs.locate(g)
         ids, owner, shown = packing.read(plan, r, tokens, stage.packing)
         rng = packing.stream(stage.training.seed, "mask", epoch, r)
-        return ids, owner, packing.draw_spans(ids, vocab, stage.mask, stage.packing, rng), shown
+        spans = packing.draw_spans(ids, vocab, stage.mask, stage.packing, rng)
+        if stage.mask.answers:
+            rng, found = packing.stream(stage.training.seed, "answers", epoch, r), (plan, r, tokens, stage.packing)
+            spans = packing.with_answers(spans, owner, packing.answers(*found), vocab, stage.mask, stage.packing, rng)
+        return ids, owner, spans, shown
 
 
 def share(stage: DecoderStage, process_count: int) -> int:
@@ -188,6 +192,10 @@ def eval_batches(
         ids, owner, shown = packing.read(plan, r, tokens, stage.packing)
         rng = packing.stream(stage.eval_mask_seed, "evaluate", 0, r)
         spans = packing.draw_spans(ids, vocab, mask, stage.packing, rng)
+        if mask.answers:
+            rng, found = packing.stream(stage.eval_mask_seed, "evaluate answers", 0, r), (plan, r, tokens)
+            asked = packing.answers(*found, stage.packing)
+            spans = packing.with_answers(spans, owner, asked, vocab, mask, stage.packing, rng)
         return packing.masked(ids, owner, spans, vocab, stage.packing, shown)
 
     batch = stage.training.batch
@@ -206,7 +214,12 @@ def fingerprint(tokens: Tokens, stage: DecoderStage, vocab: Vocab) -> str:
     more = [tokens.mix] if tokens.mix else []
     if own := retrieving(tokens):
         more += [own.fingerprint(), stage.retrieved]
-    return configs.digest(lengths, stage.packing, stage.mask, vocab, stage.training.batch, stage.training.seed, *more)
+    mask = configs.to_json(stage.mask)
+    if not stage.mask.answers:  # what was trained before there were tasks has the fingerprint that it had
+        mask.pop("answers", None)
+    elif len(tokens.marks):
+        more.append(hashlib.sha256(tokens.marks.astype("<i4").tobytes()).hexdigest())
+    return configs.digest(lengths, stage.packing, mask, vocab, stage.training.batch, stage.training.seed, *more)
 
 
 def retrieving(tokens: Tokens) -> retrieved.Retrieving | None:
@@ -260,6 +273,29 @@ def prompt_frequencies(
         views = [causal_mask.mask(ids[:keep], spans, vocab)] if whole else alone(ids[:keep], spans, vocab)
         counts.update({kind for view in views for kind in document.kinds(view, vocab)})
     return {kind: counts[kind] / rows for kind in document.KINDS}
+
+
+def task_frequencies(
+    tokens: Tokens, stage: DecoderStage, vocab: Vocab, task: Callable[[str], str], rows: int = 2000
+) -> dict[str, float]:
+    """Return for each task the share of its documents that teach its prompt, of those in the first `rows` rows.
+
+    A document does if, alone, it is its prompt and its answer: with exactly the answer masked, or with nothing masked
+    where a picture that ends it is the answer. Only where whole documents are packed.
+
+    Args:
+      task: From a document's key to its task's name; "" for a document to pass over.
+    """
+    make, keys, counts = Batches(tokens, stage, vocab), tokens.keys(), collections.defaultdict(list)
+    for g in range(rows):
+        ids, _, spans, _ = make.unmasked(g)
+        (plan, shown), _, r = make.epochs.locate(g)
+        for i, view in zip(plan.row(r)[0].tolist(), alone(ids, spans, vocab), strict=True):
+            if name := task(keys[i]):
+                whole, asked = np.array([EOD, *shown[i], EOD], np.uint16), shown.answers(i) + 1
+                taught = causal_mask.mask(whole, asked[asked[:, 1] < len(whole) - 1], vocab)
+                counts[name].append(np.array_equal(view, taught))
+    return {name: float(np.mean(found)) for name, found in counts.items()}
 
 
 def alone(ids: np.ndarray, spans: np.ndarray, vocab: Vocab) -> Iterator[np.ndarray]:

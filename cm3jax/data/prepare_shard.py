@@ -15,7 +15,7 @@ import numpy as np
 from cm3jax import config
 from cm3jax.data import example, pictures, shards
 from cm3jax.data.example import Bad, Example, Reject
-from cm3jax.types import Record
+from cm3jax.types import ANSWER, Record
 
 MAX_TEXT = 100_000  # characters of a caption
 SPLIT = re.compile(r"\w{1,40}", re.ASCII)
@@ -161,10 +161,14 @@ def to_record(item: Example, decoded: list[str | np.ndarray], settings: config.P
 
 
 def _regions(item: Example, decoded: list) -> tuple:
-    """Return the regions in fractions of the cropped pictures."""
+    """Return the regions in fractions of the cropped pictures, and the answers in texts as they are."""
     kept = []
     for region in item.regions:
-        if not 0 <= region.part < len(decoded) or isinstance(decoded[region.part], str):
+        text = 0 <= region.part < len(decoded) and isinstance(decoded[region.part], str)
+        if text and region.kind == ANSWER:
+            kept.append(region)
+            continue
+        if text or not 0 <= region.part < len(decoded):
             raise Bad("bad region", f"part {region.part} of {len(decoded)} is no picture")
         height, width = decoded[region.part].shape[:2]
         kept.append(pictures.crop_region(region, width, height))

@@ -55,6 +55,7 @@ class Retrieving(tokens.Tokens):
     def __init__(self, own: tokens.Tokens, source: Source, settings: configs.Retrieved, packing: Packing):
         self._arguments = (own, source, settings, packing)
         self.own, self.folder, self.split, self.lengths = own, own.folder, own.split, own.lengths
+        self.marks = own.marks
         self.bank = tokens.Chain([tokens.Tokens(own.folder, split) for split in source.splits])
         self.neighbours = neighbours.Neighbours(source.folder, own.split)
         if len(self.neighbours) != len(own):
@@ -101,6 +102,7 @@ class Shown(tokens.Tokens):
     def __init__(self, own, source, settings, packing, bank, neighbours, seed: int, epoch: int):
         self._own, self._settings, self._bank, self._neighbours = own, settings, bank, neighbours
         self.folder, self.split, self._seed, self._epoch = own.folder, own.split, seed, epoch
+        self.marks = own.marks
         self._room = room(packing)
         self.lengths, self.retrieved, self.given_up = own.lengths.copy(), 0, 0
         for start in range(0, len(own), AT_ONCE):

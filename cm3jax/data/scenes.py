@@ -1,12 +1,13 @@
 """The embedded world as a data source: scenes, their pictures and captions, and both read back.
 
 `scenes_world` says what the three levels are and draws scenes; `scenes_render` makes pictures; `scenes_words` makes
-captions and reads them; `scenes_recognise` reads pictures. The readers are for scoring, never to choose candidates.
+captions and reads them; `scenes_recognise` reads pictures; `scenes_tasks` makes documents of all tasks. The readers are
+for scoring, never to choose candidates.
 """
 
 import numpy as np
 
-from cm3jax.data import scenes_recognise, scenes_render, scenes_words, scenes_world
+from cm3jax.data import scenes_recognise, scenes_render, scenes_tasks, scenes_words, scenes_world
 from cm3jax.data.scenes_world import Scene
 from cm3jax.types import Record, Region
 
@@ -42,7 +43,12 @@ def recognise_all(pictures: np.ndarray, level: str) -> list[Scene]:
 
 
 def record(level: str, seed: int, index: int, split: str, resolution: int) -> Record:
-    """Return one caption-picture pair with its ground truth in `fields["scene"]` (JSON) and one region per object."""
+    """Return one caption-picture pair with its ground truth in `fields["scene"]` (JSON) and one region per object.
+
+    Of the level "tasks": a task's document (`scenes_tasks.record`).
+    """
+    if level == scenes_world.TASKS:
+        return scenes_tasks.record(seed, index, split, resolution)
     scene = sample(level, seed, index, split)
     text = caption(scene, scenes_world.stream(level, seed, index, split, "caption"))
     scene = scenes_world.shown(scene, split)

@@ -24,7 +24,7 @@ SMOOTH = 0.7
 """Blur of the pictures before anything is compared, in pixels: takes most of the energy of noise away."""
 SOFT = 0.9
 """Blur of the templates in pixels: `SMOOTH`, and half of what a tokenizer softens an edge by."""
-FIT = {"easy": 0.8, "full": 0.9, "rare": 0.8}
+FIT = {"easy": 0.8, "full": 0.9, "rare": 0.8, world.TASKS: 0.8}
 """Least share of a crop's energy that a template must explain; free positions need more against fragments."""
 NEAR = 90.0
 """Largest distance of a fitted colour from the palette's, in 8-bit RGB."""

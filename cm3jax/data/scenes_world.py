@@ -47,7 +47,9 @@ import numpy as np
 from cm3jax.types import UserError
 
 LEVELS = ("easy", "full", "rare")
-GRID = ("easy", "rare")
+TASKS = "tasks"
+"""A level of its own kind, whose documents are those of `scenes_tasks`; its scenes are drawn there."""
+GRID = ("easy", "rare", TASKS)
 """Levels whose objects lie in quarters and in no other place."""
 SPLITS = ("train", "validation", "test", "composition")
 """Of every level; `rare` has `CATALOGUE` too: see `splits`."""
@@ -80,15 +82,17 @@ BACKGROUNDS = {
     },
     "rare": {"white": (245, 245, 245), "black": (12, 12, 12)},
 }
+BACKGROUNDS[TASKS] = BACKGROUNDS["easy"]
 SIZES = {
     "easy": {"small": 14, "large": 24},
     "full": {"small": 12, "large": 20},
     "rare": {"small": 18, "large": 28},
+    TASKS: {"small": 16, "large": 24},
 }
 """Sides of the objects' bounding boxes, in lattice steps."""
 OVER = {f"over {colour}": colour for colour in COLOURS}
 """rare: textures of two colours, and the colour of the lower half; the upper one has the object's own."""
-TEXTURES = {"easy": ("solid",), "full": ("solid", "striped"), "rare": ("solid", *OVER)}
+TEXTURES = {"easy": ("solid",), "full": ("solid", "striped"), "rare": ("solid", *OVER), TASKS: ("solid",)}
 HELD_OUT = {"circle": "purple", "square": "yellow", "triangle": "cyan", "cross": "pink", "ring": "red", "star": "blue"}
 """The (shape, colour) pairs of the composition split."""
 QUARTERS = {"top left": (16, 16), "top right": (48, 16), "bottom left": (16, 48), "bottom right": (48, 48)}
@@ -183,8 +187,9 @@ def splits(level: str) -> tuple[str, ...]:
 
 def check(level: str, split: str = "train") -> None:
     """Raise UserError unless `level` and `split` exist."""
-    if level not in LEVELS:
-        raise UserError(f"scenes:{level}: no such level; choose one of {', '.join('scenes:' + k for k in LEVELS)}")
+    if level not in (*LEVELS, TASKS):
+        known = ", ".join(f"scenes:{k}" for k in (*LEVELS, TASKS))
+        raise UserError(f"scenes:{level}: no such level; choose one of {known}")
     if split not in splits(level):
         raise UserError(f"split {split!r}: scenes have the splits {', '.join(splits(level))}")
 

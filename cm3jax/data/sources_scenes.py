@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from cm3jax import config
-from cm3jax.data import example, scenes, scenes_world
+from cm3jax.data import example, scenes, scenes_tasks, scenes_world
 from cm3jax.data.example import Example
 from cm3jax.types import UserError
 
@@ -12,6 +12,10 @@ COUNT = 20_000  # training scenes where the config names no count
 HELD_OUT = 1024  # scenes of each other split: issue figures want at least 512
 CATALOGUE = {"bank": 3_664, "late": 920, "web": 40_000}
 """`scenes:rare`: two documents of each name to retrieve, an eighth as many of pairs; what the retriever learns from."""
+
+EACH, MORE = 256, 16
+"""`scenes:tasks`: held-out documents of each task in each split, and how often as many are trained on where the config
+names no count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +28,14 @@ class Scenes:
     count: int
 
     def size(self, split: str) -> int:
+        if self.level == scenes_world.TASKS and split != "train":
+            return EACH * len(scenes_tasks.ORDER)
         return {"train": self.count, **CATALOGUE}.get(split, HELD_OUT)
 
     def fingerprint(self) -> list:
         facts = [self.level, self.seed, self.resolution, self.count, HELD_OUT]
-        return [*facts, CATALOGUE] if self.level == "rare" else facts
+        more = {"rare": [CATALOGUE], scenes_world.TASKS: [EACH, scenes_tasks.ORDER]}
+        return [*facts, *more.get(self.level, ())]
 
     def total(self, jobs: list) -> int:
         return sum(self.size(split) for split in scenes_world.splits(self.level))
@@ -49,12 +56,14 @@ class Scenes:
 
 
 def open(prepare: config.Prepare) -> Scenes:
-    """Return the source of `scenes:easy`, `scenes:full` or `scenes:rare`.
+    """Return the source of `scenes:easy`, `scenes:full`, `scenes:rare` or `scenes:tasks`.
 
     Raises:
       UserError: for another level.
     """
     level = prepare.source.partition(":")[2]
-    if level not in scenes_world.LEVELS:
-        raise UserError(f"source {prepare.source!r}: no such level; use scenes:easy, scenes:full or scenes:rare")
-    return Scenes(level, prepare.seed, prepare.resolution, prepare.count or COUNT)
+    if level not in (*scenes_world.LEVELS, scenes_world.TASKS):
+        known = "scenes:easy, scenes:full, scenes:rare or scenes:tasks"
+        raise UserError(f"source {prepare.source!r}: no such level; use {known}")
+    count = COUNT if level in scenes_world.LEVELS else EACH * MORE * len(scenes_tasks.ORDER)
+    return Scenes(level, prepare.seed, prepare.resolution, prepare.count or count)

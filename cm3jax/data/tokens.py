@@ -2,7 +2,8 @@
 
 A shard is three .npy files: `{split}-00000-of-00004.ids.npy` (uint16, all documents end to end), `.lengths.npy`
 (int32 per document) and `.keys.npy` (bytes per document). Ids are the document's parts joined by <break>, without
-[eod]s. The ids file is renamed into place last, so a shard that has one is whole. Imports no jax.
+[eod]s. A shard of tasks has a fourth, `.answers.npy` (int32 rows of document, start and end: the ids that are an
+answer). The ids file is renamed into place last, so a shard that has one is whole. Imports no jax.
 """
 
 import itertools
@@ -15,7 +16,7 @@ import numpy as np
 from cm3jax.types import UserError
 
 NAME = re.compile(r"(?P<split>.+)-(?P<shard>\d{5})-of-(?P<shards>\d{5})\.ids\.npy")
-FILE = re.compile(r"(?P<stem>(?P<split>.+)-\d{5}-of-\d{5})\.(ids|lengths|keys)\.npy")
+FILE = re.compile(r"(?P<stem>(?P<split>.+)-\d{5}-of-\d{5})\.(ids|lengths|keys|answers)\.npy")
 
 
 def stem(split: str, shard: int, shards: int) -> str:
@@ -23,16 +24,25 @@ def stem(split: str, shard: int, shards: int) -> str:
     return f"{split}-{shard:05d}-of-{shards:05d}"
 
 
-def write(folder, split: str, documents: Iterable[tuple[str, np.ndarray]], shard: int = 0, shards: int = 1) -> int:
-    """Write one shard from (key, uint16 ids [n]) pairs, and return its number of documents."""
-    keys, ids = [], []
-    for key, document in documents:
+def write(folder, split: str, documents: Iterable[tuple], shard: int = 0, shards: int = 1) -> int:
+    """Write one shard, and return its number of documents.
+
+    Args:
+      documents: (key, uint16 ids [n]), or (key, ids, answers): int [k, 2] of (start, end) in the ids, in order.
+    """
+    keys, ids, marks = [], [], []
+    for key, document, *answers in documents:
+        marks += [(len(keys), start, end) for found in answers for start, end in np.asarray(found).tolist()]
         keys.append(key.encode())
         ids.append(np.asarray(document, np.uint16))
     base = pathlib.Path(folder) / stem(split, shard, shards)
     base.parent.mkdir(parents=True, exist_ok=True)
     save(base, "keys", np.array(keys, np.bytes_))
     save(base, "lengths", np.array([len(x) for x in ids], np.int32))
+    if marks:
+        save(base, "answers", np.array(marks, np.int32))
+    else:
+        base.with_name(f"{base.name}.answers.npy").unlink(missing_ok=True)
     save(base, "ids", np.concatenate([*ids, np.zeros(0, np.uint16)]))
     return len(keys)
 
@@ -82,6 +92,7 @@ class Tokens:
 
     Attributes:
       lengths: int32 [documents].
+      marks: int64 [k, 3] of (document, start, end), in order: the ids that are a task's answer (`document.marked`).
       mix: Of several sets, their `mixing.Mix`; of one, None.
     """
 
@@ -100,6 +111,7 @@ class Tokens:
         self._first = np.cumsum([0] + [len(n) for n in lengths])
         self._start = np.concatenate([np.cumsum(n, dtype=np.int64) - n for n in lengths])
         self._bases = bases
+        self.marks = chained([answers(base) for base in bases], self._first)
 
     def __reduce__(self):  # a worker process maps the files again instead of getting a copy of them
         return Tokens, (self.folder, self.split)
@@ -117,6 +129,11 @@ class Tokens:
         shard = int(np.searchsorted(self._first, i, "right")) - 1
         at, n = int(self._start[i]), int(self.lengths[i])
         return self._ids[shard][at + start : at + min(end, n)]
+
+    def answers(self, i: int) -> np.ndarray:
+        """Return where the answers of document i stand in its ids, int64 [k, 2]; none where no task made it."""
+        first, end = np.searchsorted(self.marks[:, 0], [i, i + 1])
+        return self.marks[first:end, 1:] + self.before(i)
 
     def keys(self) -> list[str]:
         """Return the record key of every document."""
@@ -147,6 +164,7 @@ class Chain(Tokens):
         self.sets, self.folder, self.split = sets, sets[0].folder, sets[0].split
         self.lengths = np.concatenate([one.lengths for one in sets])
         self._first = np.cumsum([0] + [len(one) for one in sets])
+        self.marks = chained([one.marks for one in sets], self._first)
 
     def __reduce__(self):
         return Chain, (self.sets,)
@@ -171,6 +189,18 @@ class Chain(Tokens):
     def before(self, i: int) -> int:
         one, own = self._find(i)
         return one.before(own)
+
+
+def answers(base: pathlib.Path) -> np.ndarray:
+    """Return the answers of one shard, int32 [k, 3]; none if it has no file of them."""
+    there = base.with_name(f"{base.name}.answers.npy").is_file()
+    return load(base, "answers") if there else np.zeros((0, 3), np.int32)
+
+
+def chained(marks: list[np.ndarray], first: np.ndarray) -> np.ndarray:
+    """Return the `marks` of sets end to end, whose documents count on from `first`, int64 [k, 3]."""
+    moved = [found + np.array([start, 0, 0]) for found, start in zip(marks, first, strict=False)]
+    return np.concatenate([*moved, np.zeros((0, 3), np.int64)])
 
 
 def load(base: pathlib.Path, kind: str, mmap: bool = False) -> np.ndarray:

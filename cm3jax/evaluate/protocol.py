@@ -19,10 +19,12 @@ from PIL import Image
 from cm3jax import checkpoint
 from cm3jax import config as configs
 from cm3jax.data import encode, pipeline, retrieved, scenes, shards, tokens
-from cm3jax.data.scenes_world import Scene, from_json
+from cm3jax.data.scenes_world import TASKS, Scene, from_json
 from cm3jax.evaluate import pictures as closeness
 from cm3jax.evaluate import scenes as judges
-from cm3jax.sample import generate, recall
+from cm3jax.evaluate import tasks as answered
+from cm3jax.sample import generate, recall, tasks
+from cm3jax.tasks import table
 from cm3jax.train import lm
 from cm3jax.types import UserError
 
@@ -95,12 +97,27 @@ def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) ->
         say(f"evaluate: checkpoint {step}, of {', '.join(f'{s} (validation loss {x:.4f})' for s, x in losses.items())}")
     artist = Artist(generate.load(run, batch=settings.batch, step=step), settings, remembered(recipe, run))
     scores, examples = score(recipe, artist, measure, splits, say)
+    if splits["test"].level == TASKS:
+        scores["tasks"], examples["tasks"] = answers(recipe, artist, run, scores, say)
     scores["protocol"]["checkpoint"] = {
         "step": step or checkpoint.steps(run / "decoder")[-1],
         "validation_loss": losses,
     }
     save(run / "evaluate", scores, examples)
     return scores
+
+
+def answers(recipe: configs.Recipe, artist: "Artist", run: pathlib.Path, scores: dict, say) -> tuple[dict, list]:
+    """Return the figures of each task, and an example of each; pictures are drawn as was chosen for captions."""
+    settings = recipe.evaluate
+    draw = configs.from_json(configs.Sampling, scores["text_to_image"]["sampling"])
+
+    def answer(task: str, values, wording: int):
+        say(f"evaluate: task {task}, {len(values)} examples")
+        sampling = draw if table.TASKS[task].draws else settings.write
+        return tasks.answer(artist.generator, task, values, settings.seed, sampling, settings.max_text, wording)
+
+    return answered.measure(shards.Reader(run / "prepared", "test"), answer, settings.samples)
 
 
 def remembered(recipe: configs.Recipe, run: pathlib.Path):
@@ -158,12 +175,17 @@ def first(record) -> tuple[str | None, np.ndarray | None]:
     return text, next((part for part in record.parts if encode.is_picture(part)), None)
 
 
+def plain(record) -> bool:
+    """Return whether a record is a caption and its picture; of tasks, those captions are that begin with no words."""
+    return record.fields.get("task", "caption") == "caption" and not record.fields.get("wording")
+
+
 def pairs(prepared, split: str, most: int) -> Pairs:
     """Return the first pairs of a split; records without both a text and a picture are passed over."""
     captions, pictures, truths, level = [], [], [], ""
     for record in shards.Reader(prepared, split):
         text, picture = first(record)
-        if text is None or picture is None:
+        if text is None or picture is None or not plain(record):
             continue
         captions.append(text)
         pictures.append(picture)

@@ -291,14 +291,18 @@ class Generator:
 
     def _spans(self, prompts, seed: int, sampling, max_text: int) -> list[str]:
         """Return the text of one masked span for each prompt."""
+        drawn = self._span_ids(prompts, seed, sampling, max_text)
+        return [document.decode_text(ids[:-1], self.text, self.vocab) for ids in drawn]
+
+    def _span_ids(self, prompts, seed: int, sampling, max_text: int) -> list[np.ndarray]:
+        """Return the ids of one masked span for each prompt, <eoss> included."""
         if max_text < 1:
             raise UserError(f"max_text = {max_text}: must be at least 1 token")
         left = np.minimum(max_text, self._room(prompts, "the caption", 2) - 1)
         state = grammar.start([grammar.SPAN_START] * len(prompts), left=left)
         rules = grammar.captions(self.vocab, self.text.size, self.codes)
         steps = decode.bucket(int(left.max(initial=1)) + 1)  # what the row has room for, however large max_text is
-        drawn = self._draw(rules, prompts, state, steps, seed, sampling)
-        return [document.decode_text(ids[:-1], self.text, self.vocab) for ids in drawn]
+        return self._draw(rules, prompts, state, steps, seed, sampling)
 
     def _room(self, prompts, what: str, needed: int) -> np.ndarray:
         """Return how many tokens fit behind each prompt, int [n]."""

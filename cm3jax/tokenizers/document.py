@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cm3jax.tokenizers.text import Tokenizer
-from cm3jax.types import UserError
+from cm3jax.types import ANSWER, Region, UserError
 from cm3jax.vocab import BREAK, EOD, EOSS, Vocab
 
 Part = str | np.ndarray
@@ -31,6 +31,53 @@ def encode(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab) -> np.ndar
     for part in parts:
         pieces += [[BREAK], text_ids(part, tokenizer, vocab) if isinstance(part, str) else image_ids(part, vocab)]
     return np.concatenate(pieces[1:]).astype(np.uint16)
+
+
+def marked(
+    parts: Sequence[Part], regions: Sequence[Region], tokenizer: Tokenizer, vocab: Vocab
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a document's ids, uint16 [n], and where the answers of a task stand in them, int32 [k, 2] (start, end).
+
+    A text is tokenized between the borders of its answers, so that a prompt that lacks them has the ids of the
+    document. The blank before an answer belongs to it, as to the word that follows one in the tokenizer's pieces.
+
+    Args:
+      regions: Those of kind "answer" count; without any, the ids are those of `encode`.
+
+    Raises:
+      UserError: as `encode`, or if answers overlap or lie in no part.
+    """
+    answers: dict[int, list[Region]] = {}
+    for region in regions:
+        if region.kind == ANSWER:
+            answers.setdefault(region.part, []).append(region)
+    if any(not 0 <= part < len(parts) for part in answers):
+        raise UserError(f"an answer in part {max(answers)} of {len(parts)}; must be one of them")
+    if not answers:
+        return encode(parts, tokenizer, vocab), np.zeros((0, 2), np.int32)
+    pieces, spans, at = [], [], 0
+    for i, part in enumerate(parts):
+        for piece, wanted in _cut(part, answers.get(i, ())):
+            ids = encode([piece], tokenizer, vocab)
+            spans += [(at, at + len(ids))] * (wanted and len(ids) > 0)
+            pieces, at = [*pieces, ids], at + len(ids)
+        pieces, at = [*pieces, [BREAK]], at + 1
+    return np.concatenate(pieces[:-1]).astype(np.uint16), np.array(spans, np.int32).reshape(-1, 2)
+
+
+def _cut(part: Part, answers: Sequence[Region]) -> list[tuple[Part, bool]]:
+    """Return the pieces of a part, and which of them are answers."""
+    if not answers or not isinstance(part, str):
+        return [(part, len(answers) > 0)]
+    pieces, last = [], 0
+    for region in sorted(answers, key=lambda region: region.box[0]):
+        start, end = (round(x * len(part)) for x in (region.box[0], region.box[2]))
+        start -= part[last:start].endswith(" ")
+        if not last <= start < end <= len(part):
+            raise UserError(f"answer {region.label!r} of {part!r}: empty, or overlaps another; mark each once")
+        pieces += [(part[last:start], False), (part[start:end], True)]
+        last = end
+    return [*pieces, (part[last:], False)]
 
 
 def text_ids(text: str, tokenizer: Tokenizer, vocab: Vocab) -> np.ndarray:
@@ -94,7 +141,7 @@ class Prompt:
     """What to condition on, in ids.
 
     Attributes:
-      kind: Its name, one of `KINDS`.
+      kind: Its name, one of `KINDS` or of `tasks.table.TASKS`.
       ids: uint16 [n].
       unconditional: uint16 [m], the stream of guidance: the same task without what the user asked for.
       produces: "image": codes; "text": text up to `stop`; "document": parts, breaks and at last [eod].

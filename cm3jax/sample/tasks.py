@@ -1,0 +1,70 @@
+"""Answers to tasks: an edit, a picture from a feature image, an answer to a question, in three lines.
+
+    generator = generate.load("runs/sft")
+    (found,) = tasks.answer(generator, "question", [{"question": "Which shape is top left?", "image": picture}])
+    print(found["answer"])
+
+What a task needs and what it gives back says `tasks.table`. Row i of a call draws from the stream (seed, i).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cm3jax import config as configs
+from cm3jax.sample import generate
+from cm3jax.tasks import table, templates
+from cm3jax.tokenizers import document
+
+
+def answer(
+    generator: generate.Generator,
+    task: str,
+    values: Sequence[Mapping[str, Any]],
+    seed: int = 0,
+    sampling: configs.Sampling | None = None,
+    max_text: int = 96,
+    wording: int = 0,
+) -> list[dict[str, Any]]:
+    """Return {field: text, or picture uint8 [h, w, 3]} of the answer to each row.
+
+    Args:
+      values: The fields of each row but the answer's; pictures as uint8 [h, w, 3] of any size, or codes [n].
+      sampling: None: pictures at temperature 1, texts greedily.
+      max_text: Tokens of one text at most.
+      wording: Which template.
+
+    Raises:
+      UserError: if there is no such task, a field is missing, or a prompt is too long.
+    """
+    if not values:
+        return []
+    declared = table.find(task)
+    rows = encoded(generator, declared, values)
+    prompts = [templates.prompt(task, row, generator.text, generator.vocab, wording) for row in rows]
+    if declared.draws:
+        drawn = generator._codes(prompts, [generator.codes] * len(prompts), seed, sampling or configs.Sampling())
+        pictures = generator.image.decode(np.array(drawn, np.uint16).reshape(-1, generator.codes))
+        return [templates.answers(task, [picture]) for picture in pictures]
+    found: list[list[str]] = [[] for _ in rows]
+    for i in range(len(declared.answer)):
+        if i:
+            prompts = [
+                templates.following(prompt, ids, generator.vocab) for prompt, ids in zip(prompts, spans, strict=True)
+            ]
+        # another stream for each field: the same one would draw all by the same numbers
+        spans = generator._span_ids(prompts, (seed + i) % configs.SEEDS, sampling or generate.GREEDY, max_text)
+        for row, ids in zip(found, spans, strict=True):
+            row.append(document.decode_text(ids[:-1], generator.text, generator.vocab))
+    return [templates.answers(task, row) for row in found]
+
+
+def encoded(generator: generate.Generator, task: table.Task, values: Sequence[Mapping[str, Any]]) -> list[dict]:
+    """Return the rows with codes for pictures; each field's pictures go through the tokenizer at once."""
+    rows = [dict(row) for row in values]
+    for name in task.fields:
+        here = [row for row in rows if table.is_picture(name) and name not in task.answer and name in row]
+        for row, codes in zip(here, generator.encode([row[name] for row in here]), strict=True):
+            row[name] = codes
+    return rows

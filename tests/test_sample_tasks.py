@@ -1,0 +1,166 @@
+"""Laws of answers to tasks; a tiny model with random weights."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm3jax import checkpoint, cli
+from cm3jax import config as configs
+from cm3jax.data import packing
+from cm3jax.nn import decoder, vqgan
+from cm3jax.sample import generate, tasks
+from cm3jax.tasks import show, table, templates
+from cm3jax.tokenizers import image as images
+from cm3jax.tokenizers import text as texts
+from cm3jax.types import UserError
+from cm3jax.vocab import Vocab
+
+VOCAB = Vocab(text=320, image=11, sentinels=4, multiple=8)
+SIDE, CODES, LENGTH = 8, 4, 160
+NET = configs.VQGAN(patch=4, width=8, multipliers=(1,), encoder_blocks=1, decoder_blocks=1, attention=(), z=3)
+MODEL = configs.Decoder(layers=1, width=16, heads=2, position="both", dtype="float32")
+RECIPE = configs.Recipe(
+    vocab=VOCAB,
+    prepare=configs.Prepare(resolution=SIDE),
+    image=configs.Image(model=NET),
+    decoder=configs.DecoderStage(model=MODEL, packing=configs.Packing("whole", LENGTH, picture=CODES)),
+)
+
+
+def random(shapes, seed):
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.5 * draw.standard_normal(x.shape, np.float32)), nn.unbox(shapes))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder, with what `load` needs and nothing else."""
+    run = tmp_path_factory.mktemp("run")
+    (run / "recipe.json").write_text(json.dumps(configs.to_json(RECIPE)))
+    texts.train([show.one(name) for name in table.TASKS], VOCAB.text, run / "text" / "tokenizer.model")
+    net = vqgan.VQGAN(NET, VOCAB.image)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+    images.save(run / "image", NET, VOCAB.image, SIDE, random(shapes, 1))
+    model = decoder.Decoder(MODEL, VOCAB.size, LENGTH)
+    params = random(jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0)), 2)
+    manager = checkpoint.open(run / "decoder")
+    checkpoint.save(manager, 3, {"step": jnp.int32(3), "params": params, "opt_state": {}, "extra": {}}, {})
+    manager.close()
+    return run
+
+
+@pytest.fixture(scope="module")
+def generator(run):
+    return generate.load(run, batch=2)
+
+
+def values(task, seed=0):
+    """Return short texts and noise for the fields of a task, without its answer."""
+    one, rng = table.find(task), np.random.default_rng(seed)
+    picture = lambda: rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)  # noqa: E731
+    return {name: picture() if table.is_picture(name) else "a b" for name in one.fields if name not in one.answer}
+
+
+@pytest.mark.parametrize("task", ["edit", "reasoning"])
+def test_every_field_of_an_answer_comes_back_and_depends_on_seed_and_place_alone(generator, task):
+    one, rows = table.find(task), [values(task, i) for i in range(3)]
+    sampling = configs.Sampling(temperature=1.0, top_p=0.95)
+    found = tasks.answer(generator, task, rows, 1, sampling, max_text=6)
+    for row in found:
+        assert list(row) == list(one.answer)
+        for value in row.values():
+            assert value.shape == (SIDE, SIDE, 3) if one.draws else value == value.strip()
+    again = tasks.answer(generator, task, rows[:1], 1, sampling, max_text=6)[0]
+    assert all(np.array_equal(again[name], found[0][name]) for name in again)
+    assert tasks.answer(generator, task, []) == []
+
+
+def forced(generator, ids, hidden):
+    """Return the scores of a row that is trained on, float32 [t, v]."""
+    row = ids.astype(np.uint16), np.ones(len(ids), np.int32), np.zeros(len(ids), bool), np.array(hidden, np.int64)
+    batch = packing.arrays([(*row, np.zeros(len(ids), bool))], VOCAB, RECIPE.decoder.packing)
+    inputs = (jnp.asarray(batch[name]) for name in ("inputs", "positions", "segments"))
+    state, _ = generator.model.apply({"params": generator.params}, *inputs)
+    return np.asarray(decoder.scores(decoder.output(generator.params, MODEL), state))[0]
+
+
+def test_an_edit_is_drawn_code_by_code_as_training_has_it(generator):
+    """The second picture of a row stands at the places of the first one."""
+    row = values("edit")
+    (known,) = tasks.encoded(generator, table.find("edit"), [row])
+    prompt = templates.prompt("edit", known, generator.text, VOCAB)
+    (codes,) = generator._codes([prompt], [CODES], 0, generate.GREEDY)
+    scores = forced(generator, np.concatenate([prompt.ids, codes + VOCAB.image_start]), ())
+    likeliest = scores[len(prompt.ids) - 1 :][:CODES, VOCAB.image_start : VOCAB.sentinel_start].argmax(-1)
+    assert likeliest.tolist() == codes.tolist()
+    (found,) = tasks.answer(generator, "edit", [row], 0, generate.GREEDY)
+    assert np.array_equal(found["edited_image"], generator.image.decode(codes[None])[0])
+
+
+def test_the_second_field_is_written_behind_the_first(generator):
+    """What is drawn is likeliest as teacher forcing on the whole row has it, positions included."""
+    row = values("reasoning")
+    (found,) = tasks.answer(generator, "reasoning", [row], max_text=5)
+    (known,) = tasks.encoded(generator, table.find("reasoning"), [row])
+    first = templates.prompt("reasoning", known, generator.text, VOCAB)
+    ids = [generator._span_ids([first], 0, generate.GREEDY, 5)[0]]
+    second = templates.following(first, ids[0], VOCAB)
+    ids.append(generator._span_ids([second], 1, generate.GREEDY, 5)[0])
+    scores = forced(generator, np.concatenate([second.ids, ids[1]]), second.hidden)
+    text = np.arange(VOCAB.text_start + 1, VOCAB.text_start + generator.text.size)
+    at, drawn = len(second.ids) - 1, int(ids[1][0])
+    assert drawn == text[scores[at, text].argmax()]
+    assert list(found) == ["explanation", "answer"]
+
+
+def test_a_prompt_without_a_field_or_too_long_is_one_clear_line(generator):
+    with pytest.raises(UserError, match="task question: no value for the field 'question'"):
+        tasks.answer(generator, "question", [{"image": values("question")["image"]}])
+    with pytest.raises(UserError, match="shorten"):
+        tasks.answer(generator, "question", [values("question") | {"question": "w" * 300}])
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.fromarray(values("edit")["image"]).save(tmp_path / "a.png")
+    return str(tmp_path / "a.png")
+
+
+@pytest.mark.slow
+def test_the_verbs_draw_and_write(run, picture, capsys, tmp_path):
+    out = str(tmp_path / "out")
+    assert cli.main(["edit", str(run), picture, "make it red", "--count", "2", "--out", out]) == 0
+    assert cli.main(["draw-from", str(run), picture, "a circle", "--kind", "depth", "--out", out]) == 0
+    assert cli.main(["draw-from", str(run), picture, "a circle", "--of-picture", "--out", out]) == 0
+    paths = capsys.readouterr().out.split()
+    assert len(paths) == len(set(paths)) == 4 and all(Image.open(p).size == (SIDE, SIDE) for p in paths)
+    short = ["--max-text", "4"]
+    assert cli.main(["ask", str(run), picture, "What?", *short]) == 0
+    assert cli.main(["ask", str(run), picture, "What?", "--options", "(A) a (B) b", "--reason", *short]) == 0
+    assert cli.main(["describe", str(run), picture, *short]) == cli.main(["describe", str(run), picture, "--long"]) == 0
+    assert capsys.readouterr().out.count("\n") >= 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["edit", "RUN", "PICTURE", " "], "instruction ' ': is empty; say what to change"),
+        (["ask", "RUN", "PICTURE", ""], "question '': is empty; say what to answer"),
+        (["ask", "RUN", "PICTURE", "What?", "--reason"], "--reason and --context go with --options"),
+        (["draw-from", "RUN", "PICTURE", "a", "--kind", "depth", "--of-picture"], "feature 'depth': is not made here"),
+        (["describe", "RUN", "nowhere.png"], "picture 'nowhere.png': No such file or directory"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(run, picture, capsys, argv, message):
+    known = {"RUN": str(run), "PICTURE": picture}
+    assert cli.main([known.get(a, a) for a in argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_feature_names_of_the_command_line_are_the_table_s():
+    assert set(cli.FeatureName.__args__) == set(table.FEATURES)
