@@ -1,0 +1,112 @@
+"""Rows of numbers of many pictures, on disk: features, or figures of pairs. Made part by part, each made once.
+
+A folder holds NNNNN.npy, float32 [rows, width], and NNNNN.json, which names the files that the rows are of and is written
+last. So a long run that was interrupted continues at the part where it was, a second figure over the same features reads
+them, and nothing has all pictures in memory. A part whose files have changed since is made again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from cm3jax.data import progress
+from cm3jax.evaluate.picture_files import File
+from cm3jax.stages import write_text
+from cm3jax.types import UserError
+
+PART = 512
+"""Rows of a part; with Inception's 2048 numbers, 4 MiB."""
+
+Row = tuple[File, ...]
+"""The file or files that a row is of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows on disk.
+
+    Attributes:
+      parts: The files, in order.
+      data: 16 hex digits of the contents of the pictures, whatever their names and order.
+    """
+
+    parts: tuple[pathlib.Path, ...]
+    count: int
+    width: int
+    data: str
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the parts, float32 [rows, width], each in memory by itself."""
+        return (np.load(path) for path in self.parts)
+
+    def all(self) -> np.ndarray:
+        """Return all rows, float32 [count, width]."""
+        out = np.empty((self.count, self.width), np.float32)
+        at = 0
+        for part in self:
+            out[at : at + len(part)] = part
+            at += len(part)
+        return out
+
+
+def make(
+    folder: pathlib.Path,
+    rows: Sequence[Row],
+    width: int,
+    work: Callable[[Sequence[Row]], tuple[np.ndarray, list[str]]],
+    name: str,
+    part: int = PART,
+    quiet: bool = False,
+) -> Table:
+    """Return the table of rows; only parts that are not in the folder are made.
+
+    Args:
+      folder: Of this table alone: other settings have other folders.
+      work: Rows of a part -> their numbers, float32 [rows, width], and the SHA-256 of each file's content.
+      name: Of the progress bar.
+      part: Rows of a part.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, digests = [], []
+    with progress.bar(len(rows), 0, "pictures", name, quiet) as bar:
+        for at in range(0, len(rows), part):
+            own, path = rows[at : at + part], folder / f"{at // part:05d}.npy"
+            known = _known(path, own, width)
+            if known is None:
+                values, known = work(own)
+                if np.isnan(values).any():
+                    raise UserError(
+                        f"{name}: {own[0][0].path} or one of the next {len(own)} pictures have figures that are no numbers"
+                    )
+                _write(path, own, values, known)
+            parts.append(path)
+            digests += known
+            bar.update(len(own))
+    data = hashlib.sha256("".join(f"{x}\n" for x in sorted(digests)).encode()).hexdigest()[:16]
+    return Table(tuple(parts), len(rows), width, data)
+
+
+def _files(rows: Sequence[Row]) -> list[list]:
+    return [[file.name, file.size, file.changed] for row in rows for file in row]
+
+
+def _known(path: pathlib.Path, rows: Sequence[Row], width: int) -> list[str] | None:
+    """Return the digests of a part that is there and of just these files; None else."""
+    try:
+        about = json.loads(path.with_suffix(".json").read_text())
+        if about["files"] != _files(rows) or np.load(path, mmap_mode="r").shape != (len(rows), width):
+            return None
+        return about["digests"]
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def _write(path: pathlib.Path, rows: Sequence[Row], values: np.ndarray, digests: list[str]) -> None:
+    partial = path.with_name(f".{path.stem}.partial.npy")
+    np.save(partial, np.asarray(values, np.float32))
+    partial.replace(path)
+    write_text(path.with_suffix(".json"), json.dumps({"files": _files(rows), "digests": digests}))
