@@ -686,9 +686,9 @@ class Weights:
     """Networks that pictures are scored with; none is part of this project."""
 
     inception: str = ""
-    """pt_inception-2015-12-05 of pytorch-fid (.pth, or the same tensors as safetensors): fid, rfid, kid, precision, recall."""
+    """pt_inception-2015-12-05 of pytorch-fid (.pth or safetensors): fid, rfid, kid, precision, recall."""
     clip: str = ""
-    """Folder of a run's retriever, or of published CLIP weights with their tokenizer: clip_fid, clip_score, r_precision."""
+    """A run's retriever/, or a folder of published CLIP weights with tokenizer: clip_fid, clip_score, r_precision."""
     vgg: str = ""
     """VGG16 with LPIPS's heads, as cm3jax/nn/perceptual.py says: lpips."""
 
@@ -701,8 +701,8 @@ class Score:
     """Figures to compute."""
     weights: Weights = Weights()
     resize: Literal["pytorch-fid", "clean-fid"] = "pytorch-fid"
-    """How pictures become Inception's 299 x 299: linear without a filter, or Pillow's bicubic in float32; figures of the
-    two cannot be compared."""
+    """How pictures become Inception's 299 x 299: linear without a filter, or Pillow's bicubic in float32; figures of
+    the two cannot be compared."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of Inception's convolutions."""
     subsets: int = 100

@@ -15,7 +15,7 @@ Vectors = Float[np.ndarray, "n z"]
 
 
 def score(texts: Vectors, pictures: Vectors) -> float:
-    """Return 100 times the mean cosine of caption and picture, at least 0 (arXiv 2104.08718, as torchmetrics scales it)."""
+    """Return 100 times the mean cosine of caption and picture, at least 0 (arXiv 2104.08718; torchmetrics' scale)."""
     return max(0.0, float(100 * np.einsum("nz,nz->n", texts, pictures, dtype=np.float64).mean()))
 
 
@@ -35,8 +35,8 @@ def r_precision(
     different = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     if not 2 <= candidates <= len(different):
         raise UserError(
-            f"R-precision among {candidates} candidates with {len(different)} different captions: must be at least 2 and"
-            " at most that; set --candidates"
+            f"R-precision among {candidates} candidates with {len(different)} different captions: must be at least 2"
+            " and at most that; set --candidates"
         )
     own = np.array([different[caption] for caption in captions])
     first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
@@ -44,7 +44,7 @@ def r_precision(
     right = []
     for at in range(0, len(captions), BLOCK):
         mine, shown = own[at : at + BLOCK], pictures[at : at + BLOCK]
-        others = np.stack([_others(seed, at + i, mine[i], candidates, len(different)) for i in range(len(mine))])
+        others = np.stack([_others(seed, at + i, int(mine[i]), candidates, len(different)) for i in range(len(mine))])
         wrong = np.einsum("ncz,nz->nc", vectors[others], shown)
         right += list(np.einsum("nz,nz->n", vectors[mine], shown) > wrong.max(1))
     return float(np.mean(right))

@@ -22,7 +22,7 @@ DEGREE = 3
 
 def distance(
     a: Float[np.ndarray, "n d"],
-    b: Float[np.ndarray, "m d"],
+    b: Float[np.ndarray, "m e"],
     subsets: int = 100,
     size: int = 1000,
     seed: int = 0,

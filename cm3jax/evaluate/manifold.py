@@ -27,7 +27,7 @@ NONE = -1
 
 def precision_recall(
     pictures: Float[np.ndarray, "n d"],
-    reference: Float[np.ndarray, "m d"],
+    reference: Float[np.ndarray, "m e"],
     k: int = 3,
     devices: Sequence[Any] | None = None,
 ) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Pictures to what FID's Inception sees, in the two ways that published figures were made; they differ by points of FID.
+"""Pictures to what FID's Inception sees, in the two ways that published figures were made; FIDs of the two differ.
 
 "pytorch-fid" samples with linear weights of the four nearest pixels, without a filter before: what is made smaller is
 aliased, as in the first published FIDs. "clean-fid" (arXiv 2104.11222) takes Pillow's bicubic filter, which widens with
@@ -33,7 +33,7 @@ def _sampled(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def clean_fid(picture: Picture) -> Seen:
-    """Return a picture as clean-fid has it: Pillow's bicubic in float32, cut to 0..255, as TensorFlow's graph takes it."""
+    """Return a picture as clean-fid has it: Pillow's bicubic in float32, cut to 0..255, then (x - 128) / 128."""
     channels = [Image.fromarray(picture[:, :, c].astype(np.float32)) for c in range(3)]
     resized = [np.asarray(c.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for c in channels]
     return (np.stack(resized, -1).clip(0, 255) - 128) / np.float32(128)

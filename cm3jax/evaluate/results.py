@@ -91,7 +91,4 @@ def explained(metric: str, groups: Sequence[dict]) -> list[str]:
 def named(found: dict[str, Any]) -> dict[str, str]:
     """Return a name for each file: its own without the ending, or the whole path where two would be the same."""
     stems = [pathlib.Path(path).stem for path in found]
-    return {
-        path: stem if stems.count(stem) == 1 else path.replace("|", "/")
-        for path, stem in zip(found, stems, strict=True)
-    }
+    return {path: stem if stems.count(stem) == 1 else path for path, stem in zip(found, stems, strict=True)}

@@ -47,16 +47,16 @@ class Metric(NamedTuple):
     """sets: the vectors of both; pairs: pictures one by one; captions: a picture's vector and its caption's."""
     network: str
     """A field of `config.Weights`, or "" for none."""
-    needs: str = ""
-    """folders: of both sides; else statistics will do."""
+    whole: bool = False
+    """Of sets: needs all vectors, not their statistics."""
 
 
 METRICS = {
     "fid": Metric("sets", "inception"),
-    "rfid": Metric("sets", "inception", "folders"),
-    "kid": Metric("sets", "inception", "folders"),
-    "precision": Metric("sets", "inception", "folders"),
-    "recall": Metric("sets", "inception", "folders"),
+    "rfid": Metric("sets", "inception", True),
+    "kid": Metric("sets", "inception", True),
+    "precision": Metric("sets", "inception", True),
+    "recall": Metric("sets", "inception", True),
     "clip_fid": Metric("sets", "clip"),
     "clip_score": Metric("captions", "clip"),
     "r_precision": Metric("captions", "clip"),
@@ -173,7 +173,7 @@ def score(
     check(settings, sides, bool(statistics), tools is None)
     start, result = time.monotonic(), head(sides)
     for name in settings.metrics:
-        if not METRICS[name].kind == "captions" and len(sides) < 2:
+        if METRICS[name].kind != "captions" and len(sides) < 2:
             continue
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -203,16 +203,14 @@ def check(settings: configs.Score, sides: Sequence[Side], statistics: bool, weig
         if metric.kind != "captions" and len(sides) < 2 and not statistics:
             raise UserError(f"{name}: needs a reference behind the pictures, a folder or statistics (.npz)")
         if weights and metric.network and not getattr(settings.weights, metric.network):
-            raise UserError(f"{name}: needs --weights.{metric.network} PATH; see cm3jax score --help for what to give")
-        whole = metric.kind != "sets" or metric.needs == "folders"
-        if whole and (saved := next((side for side in sides if side.saved), None)):
-            if metric.kind != "captions" or saved is sides[0]:
-                raise UserError(
-                    f"{name}: {saved.path} holds mean and covariance only; give the folder of the pictures themselves"
-                )
+            raise UserError(f"{name}: needs --weights.{metric.network} PATH; cm3jax score --help says of what")
+        seen = sides[:1] if metric.kind == "captions" else sides if metric.kind == "pairs" or metric.whole else ()
+        for side in seen:
+            if side.saved:
+                raise UserError(f"{name}: {side.path} holds mean and covariance only; give the folder of pictures")
     for side in sides:
         if not side.saved:
-            side.files  # noqa: B018: raises where there are none
+            picture_files.found(side.path)  # raises where there are none
 
 
 def head(sides: Sequence[Side]) -> dict[str, Any]:
@@ -272,9 +270,8 @@ def _captions(sides: Sequence[Side], settings: configs.Score, captions: str, nam
     shown, told = table.all(), encoder.texts(texts)
     shown /= np.maximum(np.linalg.norm(shown, axis=1, keepdims=True), 1e-12)
     if not told.any(1).all():
-        raise UserError(
-            f"caption {texts[int((~told.any(1)).argmax())]!r}: has no token to score; leave its picture out"
-        )
+        empty = texts[int((~told.any(1)).argmax())]
+        raise UserError(f"caption {empty!r}: has no token to score; leave its picture out")
     own = {"candidates": settings.candidates, "seed": settings.seed} if name == "r_precision" else {}
     value = clip_score.r_precision(texts, told, shown, *own.values()) if own else clip_score.score(told, shown)
     text = hashlib.sha256("\0".join(sorted(texts)).encode()).hexdigest()[:16]
@@ -358,9 +355,7 @@ def read_captions(folder: pathlib.Path, files: Sequence[picture_files.File], pat
     """
     names = [path] if path else [str(folder / name) for name in sources_folder.NAMES if (folder / name).is_file()]
     if not names:
-        raise UserError(
-            f"pictures {str(folder)!r}: no metadata.jsonl beside them to take captions from; set --captions"
-        )
+        raise UserError(f"pictures {str(folder)!r}: no metadata.jsonl in it to take captions from; set --captions")
     if not pathlib.Path(names[0]).is_file():
         raise UserError(f"captions {names[0]!r}: no such file")
     found: dict[str, str] = {}

@@ -1,8 +1,8 @@
 """Rows of numbers of many pictures, on disk: features, or figures of pairs. Made part by part, each made once.
 
-A folder holds NNNNN.npy, float32 [rows, width], and NNNNN.json, which names the files that the rows are of and is written
-last. So a long run that was interrupted continues at the part where it was, a second figure over the same features reads
-them, and nothing has all pictures in memory. A part whose files have changed since is made again.
+A folder holds NNNNN.npy, float32 [rows, width], and NNNNN.json, which names the files that the rows are of and is
+written last. So a long run that was interrupted continues at the part where it was, a second figure over the same
+features reads them, and nothing has all pictures in memory. A part whose files have changed since is made again.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def make(
                 values, known = work(own)
                 if np.isnan(values).any():
                     raise UserError(
-                        f"{name}: {own[0][0].path} or one of the next {len(own)} pictures have figures that are no numbers"
+                        f"{name}: {own[0][0].path} or one of the next {len(own)} pictures gives what is no number"
                     )
                 _write(path, own, values, known)
             parts.append(path)
