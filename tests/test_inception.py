@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 from cm3jax.interop import inception as files
 from cm3jax.nn import inception
@@ -143,3 +144,40 @@ def test_features_and_logits_equal_those_of_pytorch_fid_from_its_own_file(tmp_pa
     assert seen[0].std() > 0.1
     np.testing.assert_allclose(features, seen[0][:, :, 0, 0], atol=1e-4)
     np.testing.assert_allclose(logits, wanted, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_fid_of_two_folders_equals_that_of_pytorch_fid(tmp_path, monkeypatch):
+    """Files to figure, each program by itself; random weights, few pictures, so that both covariances are singular."""
+    import torch
+    from pytorch_fid import fid_score
+    from pytorch_fid import inception as reference
+
+    from cm3jax.config import Score, Weights
+    from cm3jax.evaluate import score
+
+    module = theirs()
+    given(module, 3)
+    torch.save(module.state_dict(), tmp_path / "weights.pth")
+    rng = np.random.default_rng(0)
+    for side, size in (("drawn", 8), ("real", 19)):
+        (tmp_path / side).mkdir()
+        for i in range(11):
+            small = Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8))
+            small.resize((67, 67), Image.Resampling.BICUBIC).save(tmp_path / side / f"{i}.png")
+    settings = Score(weights=Weights(inception=str(tmp_path / "weights.pth")), batch=8)
+    result = score.score(
+        tmp_path / "drawn", tmp_path / "real", settings, tmp_path / "r.json", tmp_path / "cache", say=lambda line: None
+    )
+    found = result["metrics"]["fid"]
+
+    monkeypatch.setattr(reference, "fid_inception_v3", lambda: module)
+    net = reference.InceptionV3([3])
+    sides = [sorted((tmp_path / side).glob("*.png")) for side in ("drawn", "real")]
+    acts = [fid_score.get_activations(side, net, 11, num_workers=0) for side in sides]
+    cached = next((tmp_path / "cache").glob("*/00000.npy"))
+    assert min(np.abs(np.load(cached) - x).max() for x in acts) < 1e-4
+    (a, b), (c, d) = ((x.mean(0), np.cov(x, rowvar=False)) for x in acts)
+    wanted = fid_score.calculate_frechet_distance(a, b, c, d)
+    assert wanted > 1 and found["value"] == pytest.approx(wanted, rel=1e-3)
+    assert "from 11 samples, fewer than the 2048 numbers" in found["warnings"][0]

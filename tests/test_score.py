@@ -5,6 +5,7 @@ The networks are a matrix each, so that all else is as it is with real ones.
 
 import dataclasses
 import json
+import pathlib
 import types
 
 import jax
@@ -306,3 +307,40 @@ def test_weights_are_named_where_they_are_needed():
     assert {metric.network for metric in score.METRICS.values()} - {""} == {
         field.name for field in dataclasses.fields(Weights)
     }
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, monkeypatch):
+    """The peak of numpy's arrays while vectors are made and gathered; ten times the pictures, the same peak."""
+    import tracemalloc
+
+    from cm3jax.evaluate import picture_files, tables
+
+    monkeypatch.setattr(tables, "PART", 16)
+    monkeypatch.setattr(tables.make, "__defaults__", (16, True))
+    write(tmp_path / "some", pictures(1, 0, 101))
+    few, many = ([picture_files.found(tmp_path / "some")[0]] * n for n in (32, 320))
+    net, peaks = network(), []
+    for i, files in enumerate((few, few, many)):  # the first compiles
+        tracemalloc.start()
+        table = features.table(net, files, tmp_path / f"cache{i}", "t", 2, quiet=True)
+        assert frechet.total(table, table.width).count == len(files)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    one = 101 * 101 * 3
+    assert peaks[1] > 4 * one and peaks[2] < peaks[1] + 4 * one, peaks
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_real_process_stays_where_it_is():
+    import subprocess
+    import sys
+
+    script = pathlib.Path(__file__).parent.parent / "launch" / "stream_pictures.py"
+    found = []
+    for count in (700, 2800):
+        out = subprocess.run([sys.executable, script, str(count)], capture_output=True, text=True, check=True)
+        found.append(json.loads(out.stdout)["peak_gib"])
+    assert found[1] < found[0] + 0.05 and found[1] < 2, found
