@@ -488,8 +488,9 @@ class Score:
         from cm3jax.evaluate import score
 
         more = {"captions": self.captions, "statistics": self.statistics}
-        score.score(self.pictures, self.reference, self.score, out, self.cache, **more)
-        print(f"result: {out}")
+        found = score.score(self.pictures, self.reference, self.score, out, self.cache, **more)
+        if found["metrics"]:
+            print(f"result: {out}")
 
 
 @dataclasses.dataclass(frozen=True)

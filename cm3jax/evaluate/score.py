@@ -123,7 +123,7 @@ class Side:
         """Return the moments of those vectors, and what a protocol tells of the set."""
         if not self.saved:
             table = self.table(network)
-            return frechet.total(table, table.width), {"count": table.count, "data": table.data}
+            return frechet.total(table, table.width), {"count": table.count, "data": table.data[0]}
         found, about = frechet.load(self.path)
         net = getattr(self.tools, network)
         if len(found.mean) != net.width:
@@ -174,6 +174,7 @@ def score(
     start, result = time.monotonic(), head(sides)
     for name in settings.metrics:
         if METRICS[name].kind != "captions" and len(sides) < 2:
+            say(f"{name}: left out, as there is no reference")
             continue
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -243,18 +244,18 @@ def _kernel(sides: Sequence[Side], settings: configs.Score, captions: str, name:
     own = {"subsets": settings.subsets, "subset_size": settings.subset_size, "seed": settings.seed}
     mean, deviation = kernel.distance(mine.all(), reference.all(), *own.values())
     protocol = _sets(sides[0], "inception", *(_told(table) for table in (mine, reference)))
-    return {"value": mean, "deviation": deviation, "data": mine.data, "protocol": protocol | own}
+    return {"value": mean, "deviation": deviation, "data": mine.data[0], "protocol": protocol | own}
 
 
 def _told(table: tables.Table) -> dict[str, Any]:
-    return {"count": table.count, "data": table.data}
+    return {"count": table.count, "data": table.data[0]}
 
 
 def _manifold(sides: Sequence[Side], settings: configs.Score, captions: str, name: str) -> dict[str, Any]:
     mine, reference = (side.table("inception") for side in sides)
     found = dict(zip(("precision", "recall"), _both(mine, reference, settings.neighbours), strict=True))
     protocol = _sets(sides[0], "inception", *(_told(table) for table in (mine, reference)))
-    return {"value": found[name], "data": mine.data, "protocol": protocol | {"neighbours": settings.neighbours}}
+    return {"value": found[name], "data": mine.data[0], "protocol": protocol | {"neighbours": settings.neighbours}}
 
 
 @functools.lru_cache(1)
@@ -276,7 +277,7 @@ def _captions(sides: Sequence[Side], settings: configs.Score, captions: str, nam
     value = clip_score.r_precision(texts, told, shown, *own.values()) if own else clip_score.score(told, shown)
     text = hashlib.sha256("\0".join(sorted(texts)).encode()).hexdigest()[:16]
     protocol = {"features": side.tools.clip.about, "samples": table.count, "captions": text, **own}
-    return {"value": value, "data": table.data, "protocol": protocol}
+    return {"value": value, "data": table.data[0], "protocol": protocol}
 
 
 def _pairs(sides: Sequence[Side], settings: configs.Score, captions: str, name: str) -> dict[str, Any]:
@@ -292,9 +293,10 @@ def _pairs(sides: Sequence[Side], settings: configs.Score, captions: str, name: 
     same = np.isinf(values)  # PSNR of pictures that are equal
     if same.all():
         raise UserError(f"{name}: all {len(values)} pictures equal their reference; is it the same folder?")
-    found = {"value": float(values[~same].mean()), "deviation": float(values[~same].std()), "data": table.data}
+    found = {"value": float(values[~same].mean()), "deviation": float(values[~same].std()), "data": table.data[0]}
     found |= {"equal": int(same.sum())} if name == "psnr" else {}
-    return found | {"protocol": {"samples": len(rows), **about}}
+    reference = {"count": table.count, "data": table.data[1]}
+    return found | {"protocol": {"samples": table.count, "reference": reference, **about}}
 
 
 SMALLEST = {"ssim": SSIM_SIDE, "lpips": lpips.SMALLEST}

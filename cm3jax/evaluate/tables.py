@@ -7,15 +7,16 @@ features reads them, and nothing has all pictures in memory. A part whose files 
 
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from cm3jax.data import progress
 from cm3jax.evaluate.picture_files import File
-from cm3jax.stages import write_text
 from cm3jax.types import UserError
 
 PART = 512
@@ -31,13 +32,13 @@ class Table:
 
     Attributes:
       parts: The files, in order.
-      data: 16 hex digits of the contents of the pictures, whatever their names and order.
+      data: For each file of a row, 16 hex digits of the contents of these pictures, whatever their names and order.
     """
 
     parts: tuple[pathlib.Path, ...]
     count: int
     width: int
-    data: str
+    data: tuple[str, ...]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the parts, float32 [rows, width], each in memory by itself."""
@@ -66,7 +67,7 @@ def make(
 
     Args:
       folder: Of this table alone: other settings have other folders.
-      work: Rows of a part -> their numbers, float32 [rows, width], and the SHA-256 of each file's content.
+      work: Rows of a part -> their numbers, float32 [rows, width], and the SHA-256 of each file's content, row by row.
       name: Of the progress bar.
       part: Rows of a part.
     """
@@ -86,8 +87,12 @@ def make(
             parts.append(path)
             digests += known
             bar.update(len(own))
-    data = hashlib.sha256("".join(f"{x}\n" for x in sorted(digests)).encode()).hexdigest()[:16]
-    return Table(tuple(parts), len(rows), width, data)
+    files = len(rows[0])
+    return Table(tuple(parts), len(rows), width, tuple(_digest(digests[i::files]) for i in range(files)))
+
+
+def _digest(digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join(f"{x}\n" for x in sorted(digests)).encode()).hexdigest()[:16]
 
 
 def _files(rows: Sequence[Row]) -> list[list]:
@@ -106,7 +111,14 @@ def _known(path: pathlib.Path, rows: Sequence[Row], width: int) -> list[str] | N
 
 
 def _write(path: pathlib.Path, rows: Sequence[Row], values: np.ndarray, digests: list[str]) -> None:
-    partial = path.with_name(f".{path.stem}.partial.npy")
-    np.save(partial, np.asarray(values, np.float32))
+    data = io.BytesIO()
+    np.save(data, np.asarray(values, np.float32))
+    _replace(path, data.getvalue())
+    _replace(path.with_suffix(".json"), json.dumps({"files": _files(rows), "digests": digests}).encode())
+
+
+def _replace(path: pathlib.Path, data: bytes) -> None:
+    """Write a file in one step; another process may be writing the same one, with the same content."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial.write_bytes(data)
     partial.replace(path)
-    write_text(path.with_suffix(".json"), json.dumps({"files": _files(rows), "digests": digests}))
