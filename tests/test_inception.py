@@ -15,9 +15,9 @@ from cm3jax.types import UserError
 
 def theirs():
     """Return pytorch-fid's network without its weights, which it would download."""
-    import torch_references  # noqa: F401
-    from pytorch_fid import inception as reference
+    import torch_references
 
+    reference = torch_references.module("pytorch_fid.inception")
     give, reference.load_state_dict_from_url = reference.load_state_dict_from_url, lambda *a, **k: {}
     kind = reference.torchvision.models.Inception3
     load, kind.load_state_dict = kind.load_state_dict, lambda self, state: None
@@ -62,10 +62,10 @@ def test_there_are_as_many_numbers_as_in_the_published_network():
     ("name", "block", "side"),
     [
         ("Mixed_5b", inception.A(pool=32), 5),
-        ("Mixed_6a", inception.B(), 7),
+        pytest.param("Mixed_6a", inception.B(), 7, marks=pytest.mark.slow),
         ("Mixed_6b", inception.C(inner=128), 5),
-        ("Mixed_7a", inception.D(), 7),
-        ("Mixed_7b", inception.E(), 3),
+        pytest.param("Mixed_7a", inception.D(), 7, marks=pytest.mark.slow),
+        pytest.param("Mixed_7b", inception.E(), 3, marks=pytest.mark.slow),
         ("Mixed_7c", inception.E(largest=True), 3),
     ],
 )
@@ -150,12 +150,12 @@ def test_features_and_logits_equal_those_of_pytorch_fid_from_its_own_file(tmp_pa
 def test_the_fid_of_two_folders_equals_that_of_pytorch_fid(tmp_path, monkeypatch):
     """Files to figure, each program by itself; random weights, few pictures, so that both covariances are singular."""
     import torch
-    from pytorch_fid import fid_score
-    from pytorch_fid import inception as reference
+    import torch_references
 
     from cm3jax.config import Score, Weights
     from cm3jax.evaluate import score
 
+    reference, fid_score = (torch_references.module(f"pytorch_fid.{name}") for name in ("inception", "fid_score"))
     module = theirs()
     given(module, 3)
     torch.save(module.state_dict(), tmp_path / "weights.pth")
@@ -177,7 +177,9 @@ def test_the_fid_of_two_folders_equals_that_of_pytorch_fid(tmp_path, monkeypatch
     acts = [fid_score.get_activations(side, net, 11, num_workers=0) for side in sides]
     cached = next((tmp_path / "cache").glob("*/00000.npy"))
     assert min(np.abs(np.load(cached) - x).max() for x in acts) < 1e-4
-    (a, b), (c, d) = ((x.mean(0), np.cov(x, rowvar=False)) for x in acts)
+    # Turned to the directions that there are, which changes no distance: a root of 2048 x 2048 takes minutes.
+    basis = np.linalg.qr(np.concatenate(acts).T)[0]
+    (a, b), (c, d) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (act @ basis for act in acts))
     wanted = fid_score.calculate_frechet_distance(a, b, c, d)
     assert wanted > 1 and found["value"] == pytest.approx(wanted, rel=1e-3)
     assert "from 11 samples, fewer than the 2048 numbers" in found["warnings"][0]

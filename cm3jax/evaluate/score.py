@@ -165,12 +165,10 @@ def score(
     Raises:
       UserError: for what cannot be scored so, before any work where that is known.
     """
-    sides = [
-        Side(pathlib.Path(path), tools or Tools(settings), settings, pathlib.Path(cache))
-        for path in (pictures, reference)
-        if path
-    ]
-    check(settings, sides, bool(statistics), tools is None)
+    own, tools = tools is None, tools or Tools(settings)
+    paths = [pathlib.Path(path) for path in (pictures, reference) if path]
+    sides = [Side(path, tools, settings, pathlib.Path(cache)) for path in paths]
+    check(settings, sides, bool(statistics), own)
     start, result = time.monotonic(), head(sides)
     for name in settings.metrics:
         if METRICS[name].kind != "captions" and len(sides) < 2:
@@ -187,7 +185,7 @@ def score(
         write_text(pathlib.Path(out), json.dumps(result, indent=1) + "\n")
         say(f"{name}: {found['value']:.6g}{''.join(f'; warning: {line}' for line in told)}")
     if statistics:
-        network = "clip" if set(settings.metrics) <= {"clip_fid"} else "inception"
+        network = saved_by(settings)
         found, about = sides[0].statistics(network)
         told = {"features": getattr(sides[0].tools, network).about, "data": about["data"], "code": code(SEEN_BY)}
         frechet.save(statistics, found, told)
@@ -195,31 +193,44 @@ def score(
     return result
 
 
-def check(settings: configs.Score, sides: Sequence[Side], statistics: bool, weights: bool) -> None:
-    """Raise a UserError for what the sides or the settings cannot give."""
+def saved_by(settings: configs.Score) -> str:
+    """Return the network whose statistics are written: Inception, but for those who ask for CLIP-FID alone."""
+    return "clip" if set(settings.metrics) == {"clip_fid"} else "inception"
+
+
+def check(settings: configs.Score, sides: Sequence[Side], statistics: bool, own: bool) -> None:
+    """Raise a UserError for what the sides or the settings cannot give.
+
+    Args:
+      statistics: They are to be written.
+      own: The networks are those of the settings.
+    """
     if not settings.metrics:
         raise UserError(f"--metrics: names none of {', '.join(METRICS)}")
     for name in settings.metrics:
         metric = METRICS[name]
         if metric.kind != "captions" and len(sides) < 2 and not statistics:
             raise UserError(f"{name}: needs a reference behind the pictures, a folder or statistics (.npz)")
-        if weights and metric.network and not getattr(settings.weights, metric.network):
-            raise UserError(f"{name}: needs --weights.{metric.network} PATH; cm3jax score --help says of what")
+        for network in {metric.network, saved_by(settings) if statistics else ""} - {""}:
+            if own and not getattr(settings.weights, network):
+                raise UserError(f"{name}: needs --weights.{network} PATH; cm3jax score --help says of what")
         seen = sides[:1] if metric.kind == "captions" else sides if metric.kind == "pairs" or metric.whole else ()
         for side in seen:
             if side.saved:
                 raise UserError(f"{name}: {side.path} holds mean and covariance only; give the folder of pictures")
-    for side in sides:
-        if not side.saved:
-            picture_files.found(side.path)  # raises where there are none
 
 
 def head(sides: Sequence[Side]) -> dict[str, Any]:
-    """Return a result without a figure."""
-    names = ("pictures", "reference")
-    found: dict[str, Any] = {name: str(side.path) for name, side in zip(names, sides, strict=False)}
+    """Return a result without a figure.
+
+    Raises:
+      UserError: for a folder that is not there or empty.
+    """
+    found: dict[str, Any] = {}
+    for name, side in zip(("pictures", "reference"), sides, strict=False):
+        found[name] = {"path": str(side.path), "files": 1 if side.saved else len(side.files)}
     device = jax.local_devices()[0].device_kind
-    environment = {name: packages.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "pillow")}
+    environment = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "pillow")}
     return found | {"metrics": {}, "environment": environment | {"device": device}}
 
 
@@ -384,7 +395,15 @@ def code(modules: tuple[str, ...]) -> dict[str, str]:
     made = hashlib.sha256()
     for name in modules:
         made.update((ROOT / f"{name}.py").read_bytes())
-    return {"cm3jax": packages.version("cm3jax"), "modules": made.hexdigest()[:16]}
+    return {"cm3jax": version("cm3jax"), "modules": made.hexdigest()[:16]}
+
+
+def version(name: str) -> str:
+    """Return the version of a package."""
+    try:
+        return packages.version(name)
+    except packages.PackageNotFoundError:
+        return "not installed"
 
 
 def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
