@@ -29,10 +29,10 @@ def test_batches_and_devices_do_not_matter(weights):
 
 @pytest.mark.slow
 def test_it_equals_the_package_lpips(tmp_path):
-    import lpips as package
     import torch
     import torch_references
 
+    package = torch_references.module("lpips")
     reference = package.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()  # VGG drawn here, its own heads
     vgg = torch_references.torchvision.models.vgg16()
     names = {k: v.shape for k, v in vgg.features.state_dict(prefix="features.").items()}

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from cm3jax import config as configs
+from cm3jax import sharding
 from cm3jax.evaluate import manifold
 from cm3jax.types import UserError
 
@@ -30,10 +32,12 @@ def test_eight_devices_give_what_one_gives():
     assert manifold.precision_recall(A, B, devices=jax.devices()) == one
 
 
-def test_the_size_of_the_blocks_does_not_matter(monkeypatch):
-    whole = manifold.precision_recall(A, B)
-    monkeypatch.setattr(manifold.Blocks.__init__, "__defaults__", (3, 7))
-    assert manifold.precision_recall(A, B) == whole
+def test_the_size_of_the_blocks_does_not_matter():
+    mesh = sharding.mesh(configs.Mesh(), jax.devices())
+    whole, small = manifold.Blocks(mesh), manifold.Blocks(mesh, 3, 7)
+    radii = whole.radii(B, 3)
+    np.testing.assert_allclose(small.radii(B, 3), radii, rtol=1e-5)
+    assert small.covered(A, B, radii) == whole.covered(A, B, radii)
 
 
 def test_a_set_covers_itself_and_nothing_far_away():

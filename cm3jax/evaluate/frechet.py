@@ -84,6 +84,17 @@ def total(parts: Iterable[np.ndarray], size: int) -> Moments:
     return found
 
 
+def doubt(a: Moments | Statistics, b: Moments | Statistics) -> str:
+    """Return what is to be said of a distance from too few samples; "" for enough."""
+    size, few = len(a.mean), min([x.count for x in (a, b) if x.count is not None], default=len(a.mean))
+    if few >= size:
+        return ""
+    return (
+        f"Frechet distance from {few} samples, fewer than the {size} numbers of a feature: too high, and only"
+        " comparable at the same number of samples"
+    )
+
+
 def distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
     """Return the squared Frechet distance, the figure that is published as FID.
 
@@ -100,12 +111,8 @@ def distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
             f"Frechet distance of {a.count} features of {size} numbers and {b.count} of {len(b.mean)}: needs at least"
             " two of each, of one size"
         )
-    if few < size:
-        warnings.warn(
-            f"Frechet distance from {few} samples, fewer than the {size} numbers of a feature: too"
-            " high, and only comparable at the same number of samples",
-            stacklevel=2,
-        )
+    if told := doubt(a, b):
+        warnings.warn(told, stacklevel=2)
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     # C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2), which need no complex square root.

@@ -60,7 +60,7 @@ def make(
     width: int,
     work: Callable[[Sequence[Row]], tuple[np.ndarray, list[str]]],
     name: str,
-    part: int = PART,
+    part: int = 0,
     quiet: bool = False,
 ) -> Table:
     """Return the table of rows; only parts that are not in the folder are made.
@@ -69,10 +69,10 @@ def make(
       folder: Of this table alone: other settings have other folders.
       work: Rows of a part -> their numbers, float32 [rows, width], and the SHA-256 of each file's content, row by row.
       name: Of the progress bar.
-      part: Rows of a part.
+      part: Rows of a part; 0: PART.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts, digests = [], []
+    part, parts, digests = part or PART, [], []
     with progress.bar(len(rows), 0, "pictures", name, quiet) as bar:
         for at in range(0, len(rows), part):
             own, path = rows[at : at + part], folder / f"{at // part:05d}.npy"
