@@ -609,6 +609,62 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Score:
+    """Score pictures against a reference, pair by pair or against captions, and write the protocol with the figures.
+
+    cm3jax score drawn/ real/ --metrics fid kid --weights.inception pt_inception-2015-12-05-6726825d.pth
+
+    cm3jax score rebuilt/ originals/ --metrics psnr ssim rfid --weights.inception pt_inception-2015-12-05-6726825d.pth
+
+    cm3jax score drawn/ --metrics clip_score --weights.clip clip-vit-base-patch32/
+
+    What an interrupted run has seen stays in --cache, and the same command continues.
+    """
+
+    pictures: Positional[Annotated[str, arg(metavar="PICTURES")]]
+    """Folder of pictures, or their statistics (.npz)."""
+    reference: Positional[Annotated[str, arg(metavar="REFERENCE")]] = ""
+    """The same of what they are compared with; not needed for captions."""
+    score: Annotated[configs.Score, flags.FLAT] = configs.Score()
+    captions: str = ""
+    """metadata.jsonl or .csv with file_name and text of each picture; "": the one in PICTURES."""
+    statistics: str = ""
+    """Also write the statistics of PICTURES to this .npz, which pytorch-fid reads too, as a later REFERENCE."""
+    out: str = ""
+    """Result file; "": runs/scores/NAME-XXXXXX.json, NAME being that of the folder of PICTURES."""
+    cache: str = "runs/scores/cache"
+    """Folder for what is known of single pictures."""
+
+    def __call__(self):
+        name = pathlib.Path(self.pictures).resolve().stem
+        known = configs.digest(self.pictures, self.reference, self.score)[:6]  # others have another file
+        out = self.out or f"runs/scores/{name}-{known}.json"
+        from cm3jax.evaluate import score
+
+        more = {"captions": self.captions, "statistics": self.statistics}
+        found = score.score(self.pictures, self.reference, self.score, out, self.cache, **more)
+        if found["metrics"]:
+            print(f"result: {out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tabulate:
+    """Show result files of `cm3jax score` as one table; figures of different protocols are refused, or marked."""
+
+    results: Positional[Annotated[tuple[str, ...], arg(metavar="RESULT")]]
+    """Result files."""
+    mixed: bool = False
+    """Show figures of different protocols too, each with a mark."""
+
+    def __call__(self):
+        from cm3jax.evaluate import results
+
+        if not self.results:
+            raise UserError("tabulate: needs result files of cm3jax score")
+        print(results.table(self.results, self.mixed))
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
     """Measure training, decoding, making batches and preparing pictures on this machine."""
 
@@ -706,6 +762,8 @@ VERBS = {
     "retrieve query": RetrieveQuery,
     "evaluate": Evaluate,
     "tasks": Tasks,
+    "score": Score,
+    "tabulate": Tabulate,
     "plan": Plan,
     "bench": Bench,
     "doctor": Doctor,

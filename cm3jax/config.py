@@ -681,6 +681,62 @@ class Evaluate:
             raise ValueError(f"evaluate.documents = {self.documents}: must be one or more numbers from 0 on")
 
 
+# ------------------------------------------------------------------------------------------------- scores of pictures
+
+PictureMetric = Literal[
+    "fid", "rfid", "kid", "precision", "recall", "clip_fid", "clip_score", "r_precision", "psnr", "ssim", "lpips"
+]
+"""What `cm3jax score` can tell; rfid is the FID of pictures and their originals, which have the same names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Networks that pictures are scored with; none is part of this project."""
+
+    inception: str = ""
+    """pt_inception-2015-12-05 of pytorch-fid (.pth or safetensors): fid, rfid, kid, precision, recall."""
+    clip: str = ""
+    """A run's retriever/, or a folder of published CLIP weights with tokenizer: clip_fid, clip_score, r_precision."""
+    vgg: str = ""
+    """VGG16 with LPIPS's heads, as cm3jax/nn/perceptual.py says: lpips."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Score a set of pictures."""
+
+    metrics: tuple[PictureMetric, ...] = ("fid",)
+    """Figures to compute."""
+    weights: Weights = Weights()
+    resize: Literal["pytorch-fid", "clean-fid"] = "pytorch-fid"
+    """How pictures become Inception's 299 x 299: linear without a filter, or Pillow's bicubic in float32; figures of
+    the two cannot be compared."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of Inception's convolutions."""
+    subsets: int = 100
+    """Of kid."""
+    subset_size: int = 1000
+    """Of kid, pictures of each set."""
+    neighbours: int = 3
+    """Of precision and recall: whose distance is the radius of a ball."""
+    candidates: int = 100
+    """Of r_precision: captions that a picture is compared with, its own among them."""
+    seed: int = 0
+    """Of kid's subsets and r_precision's captions."""
+    batch: int = 64
+    """Pictures in a network at one time."""
+    threads: int = 4
+    """Threads that read and resize."""
+
+    def __post_init__(self):
+        within(self, "score", 1, math.inf, "subsets", "neighbours", "batch", "threads")
+        within(self, "score", 2, math.inf, "subset_size", "candidates")
+        within(self, "score", 0, SEEDS - 1, "seed")
+
+
+# ------------------------------------------------------------------------------------------------------------- a recipe
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """One experiment: its stages in order."""

@@ -66,3 +66,68 @@ def test_what_has_no_distance_is_one_clear_line():
         frechet.distance(two, frechet.moments(features(9, 4)))
     with pytest.raises(UserError, match="no finite numbers"):
         frechet.moments(np.full((3, 3), np.nan))
+
+
+# -------------------------------------------------------------------------------------------------------------- on disk
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5, 11])
+def test_shards_of_a_set_merge_to_one_value_however_many_there_are(shards):
+    a, b = features(101, 13, 1), frechet.moments(features(97, 13, 2))
+    whole = frechet.distance(frechet.moments(a), b)
+    parts = [frechet.total(np.array_split(part, 3), 13) for part in np.array_split(a, shards)]
+    for order in (parts, parts[::-1]):
+        merged = order[0]
+        for part in order[1:]:
+            merged = frechet.add(merged, part)
+        assert merged.count == 101
+        np.testing.assert_allclose(frechet.distance(merged, b), whole, rtol=1e-10)
+
+
+def test_saved_statistics_are_the_same_when_read(tmp_path):
+    a, b = (frechet.moments(features(31, 7, seed)) for seed in (1, 2))
+    frechet.save(tmp_path / "a.npz", a, {"features": {"resize": "clean-fid"}})
+    found, about = frechet.load(tmp_path / "a.npz")
+    assert about == {"features": {"resize": "clean-fid"}} and found.count == 31
+    assert frechet.distance(found, b) == frechet.distance(a, b)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_pytorch_fids_files_are_read_and_it_would_read_ours(tmp_path):
+    x = features(31, 7)
+    np.savez_compressed(tmp_path / "theirs.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False))
+    found, about = frechet.load(tmp_path / "theirs.npz")
+    assert about == {} and found.count is None
+    assert frechet.distance(found, frechet.moments(x)) < 1e-9
+    frechet.save(tmp_path / "ours.npz", frechet.moments(x), {})
+    with np.load(tmp_path / "ours.npz") as file:  # as pytorch_fid.fid_score does
+        mu, sigma = file["mu"][:], file["sigma"][:]
+    np.testing.assert_allclose(mu, x.mean(0))
+    np.testing.assert_allclose(sigma, np.cov(x, rowvar=False))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mu": np.zeros(3)}, "has no array 'sigma'; takes files of pytorch-fid, or of cm3jax score"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu of shape \(3,\) and sigma of \(4, 4\) do not fit"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.inf)}, "has numbers that are not finite"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": np.array("[1]")}, "what it tells of itself"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": np.array("{")}, "not readable"),
+        ({"mu": np.array([{}]), "sigma": np.eye(1)}, "not readable"),  # a pickle
+    ],
+)
+def test_a_file_that_holds_no_statistics_is_said(tmp_path, values, message):
+    np.savez(tmp_path / "x.npz", **values)
+    with pytest.raises(UserError, match=message):
+        frechet.load(tmp_path / "x.npz")
+
+
+def test_what_is_no_file_of_arrays_is_said(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        frechet.load(tmp_path / "x.npz")
+    (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(UserError, match="not readable"):
+        frechet.load(tmp_path / "x.npz")
+    with pytest.raises(UserError, match="must end in .npz"):
+        frechet.save(tmp_path / "x.json", frechet.moments(features(3, 3)), {})

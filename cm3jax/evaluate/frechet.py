@@ -6,7 +6,12 @@ are comparable among themselves only.
 """
 
 import dataclasses
+import json
+import pathlib
 import warnings
+import zipfile
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +35,21 @@ class Moments:
     def covariance(self) -> np.ndarray:
         """The unbiased estimate, as published FIDs take it."""
         return self.scatter / (self.count - 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a distance needs of a set of features, as it lies in a file.
+
+    Attributes:
+      mean: float64 [size].
+      covariance: The unbiased estimate, float64 [size, size].
+      count: Samples behind it; None: the file does not tell.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int | None
 
 
 def moments(features: np.ndarray) -> Moments:
@@ -56,7 +76,26 @@ def add(a: Moments, b: Moments) -> Moments:
     return Moments(count, a.mean + apart * (b.count / count), scatter)
 
 
-def distance(a: Moments, b: Moments) -> float:
+def total(parts: Iterable[np.ndarray], size: int) -> Moments:
+    """Return the moments of features [n, size] that come part by part."""
+    found = moments(np.empty((0, size)))
+    for part in parts:
+        found = add(found, moments(part))
+    return found
+
+
+def doubt(a: Moments | Statistics, b: Moments | Statistics) -> str:
+    """Return what is to be said of a distance from too few samples; "" for enough."""
+    size, few = len(a.mean), min([x.count for x in (a, b) if x.count is not None], default=len(a.mean))
+    if few >= size:
+        return ""
+    return (
+        f"Frechet distance from {few} samples, fewer than the {size} numbers of a feature: too high, and only"
+        " comparable at the same number of samples"
+    )
+
+
+def distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
     """Return the squared Frechet distance, the figure that is published as FID.
 
     Warns if a set has fewer samples than the features have numbers: its covariance then lacks directions, and the
@@ -66,17 +105,14 @@ def distance(a: Moments, b: Moments) -> float:
       UserError: if a set has fewer than two samples, or they have features of different sizes.
     """
     size = len(a.mean)
-    if min(a.count, b.count) < 2 or len(b.mean) != size:
+    few = min([x.count for x in (a, b) if x.count is not None], default=size)
+    if few < 2 or len(b.mean) != size:
         raise UserError(
             f"Frechet distance of {a.count} features of {size} numbers and {b.count} of {len(b.mean)}: needs at least"
             " two of each, of one size"
         )
-    if min(a.count, b.count) < size:
-        warnings.warn(
-            f"Frechet distance from {min(a.count, b.count)} samples, fewer than the {size} numbers of a feature: too"
-            " high, and only comparable at the same number of samples",
-            stacklevel=2,
-        )
+    if told := doubt(a, b):
+        warnings.warn(told, stacklevel=2)
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     # C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2), which need no complex square root.
@@ -84,3 +120,56 @@ def distance(a: Moments, b: Moments) -> float:
     apart = a.mean - b.mean
     found = apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(between.clip(0)).sum()
     return float(max(found, 0.0))
+
+
+# -------------------------------------------------------------------------------------------------------------- on disk
+
+
+def save(path, found: Moments | Statistics, about: dict[str, Any]) -> None:
+    """Write statistics to an .npz file, which pytorch-fid reads too.
+
+    Args:
+      about: What the features depend on, as JSON.
+
+    Raises:
+      UserError: if the set has fewer than two samples, or the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".npz":
+        raise UserError(f"statistics {str(path)!r}: the name must end in .npz, as pytorch-fid's")
+    if found.count is None or found.count < 2:
+        raise UserError(f"statistics of {found.count} samples: needs at least two")
+    told = json.dumps({"count": found.count, **about})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.stem}.partial.npz")
+        np.savez(partial, mu=found.mean, sigma=found.covariance, about=np.array(told))
+        partial.replace(path)
+    except OSError as e:
+        raise UserError(f"statistics {str(path)!r}: {e.strerror or e}; choose another place") from None
+
+
+def load(path) -> tuple[Statistics, dict[str, Any]]:
+    """Return the statistics in a file of `save` or of pytorch-fid, and what `save` was told; {} from pytorch-fid.
+
+    Raises:
+      UserError: if the file holds no such thing.
+    """
+    where = f"statistics {str(path)!r}"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            told = {name: file[name] for name in ("mu", "sigma", "about") if name in file}
+        about = json.loads(str(told["about"])) if "about" in told else {}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{where}: not readable ({getattr(e, 'strerror', None) or e})") from None
+    for name in ("mu", "sigma"):
+        if name not in told:
+            raise UserError(f"{where}: has no array {name!r}; takes files of pytorch-fid, or of cm3jax score")
+    mean, covariance = (np.asarray(told[name], np.float64) for name in ("mu", "sigma"))
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"{where}: mu of shape {mean.shape} and sigma of {covariance.shape} do not fit")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{where}: has numbers that are not finite")
+    if not isinstance(about, dict) or not isinstance(count := about.pop("count", None), int | None):
+        raise UserError(f"{where}: what it tells of itself is not what cm3jax score writes")
+    return Statistics(mean, covariance, count), about
