@@ -20,6 +20,7 @@ from typing import Any
 from cm3jax import config, hosts, stages
 from cm3jax.config import Recipe
 from cm3jax.types import UserError
+from cm3jax.vocab import EOD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,12 @@ def settings(section: str, *vocab: str) -> Callable[[Recipe], dict[str, Any]]:
         return {section: config.to_json(getattr(recipe, section))} | ({"vocab": sizes} if sizes else {})
 
     return take
+
+
+def token_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what token shards depend on: also the form of documents, if that is not CM3Leon's."""
+    form = {} if recipe.form == config.Form() else {"form": config.to_json(recipe.form)}
+    return settings("tokens", "text", "image")(recipe) | form
 
 
 # ------------------------------------------------------------------------------------------------------------ the calls
@@ -142,7 +149,7 @@ def encode_shards(recipe: Recipe, run: pathlib.Path, host: int, hosts: int) -> N
 
     pictures.encode(np.zeros((1, *(pictures.resolution,) * 2, 3), np.uint8))  # compiles, which no rate should count
     start = time.monotonic()
-    arguments = prepared, out, codes, tokenizer, recipe.vocab, batch, host, hosts, recipe.tokens.workers
+    arguments = prepared, out, codes, tokenizer, recipe.vocab, batch, host, hosts, recipe.tokens.workers, recipe.form
     encode.encode(*arguments)
     rate = count / (time.monotonic() - start)
     chips = f"{rate / len(devices):.1f} per chip ({len(devices)} x {devices[0].device_kind})"
@@ -347,7 +354,7 @@ STAGES = {
         Stage("prepare", "prepared", (), settings("prepare"), prepare),
         Stage("text", "text", ("prepare",), settings("text", "text"), text),
         Stage("image", "image", ("prepare",), settings("image", "image"), image),
-        Stage("tokens", "tokens", ("prepare", "text", "image"), settings("tokens", "text", "image"), tokens),
+        Stage("tokens", "tokens", ("prepare", "text", "image"), token_settings, tokens),
         Stage("retriever", "retriever", ("prepare", "text"), settings("retriever"), retriever, retrieves),
         Stage("bank", "bank", ("prepare", "retriever"), settings("bank"), bank, retrieves),
         Stage(
@@ -703,7 +710,8 @@ def adopt(recipe: Recipe, folder, stage: str) -> Recipe:
     """Return the recipe with the settings of all earlier stages as they are on disk in `folder`.
 
     Raises:
-      UserError: if the recipe's vocabulary is not the one that those stages were made with.
+      UserError: if the recipe's vocabulary is not the one that those stages were made with, or its settings do not go
+        with the form of their documents.
     """
     for name in STAGES[stage].inputs:
         recipe = adopt(recipe, folder, name)
@@ -716,9 +724,21 @@ def adopt(recipe: Recipe, folder, stage: str) -> Recipe:
                     f"vocab.{size} = {getattr(recipe.vocab, size)}, but {folder} was made with {value};"
                     f" add --vocab.{size} {value}"
                 )
-        section = type(getattr(recipe, name))
-        recipe = dataclasses.replace(recipe, **{name: config.from_json(section, record.config[name], name)})
+        taken = {name: config.from_json(type(getattr(recipe, name)), record.config[name], name)}
+        if name == "tokens":
+            taken |= form_of(record.config, recipe)
+        try:
+            recipe = dataclasses.replace(recipe, **taken)
+        except ValueError as e:
+            raise UserError(f"{folder}: {e}") from None
     return recipe
+
+
+def form_of(settings: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the form of documents that token shards with these settings have, and the decoder's with its opening."""
+    form = config.from_json(config.Form, settings.get("form", {}), "form")
+    packing = dataclasses.replace(recipe.decoder.packing, opening=form.begin if form.kind == "chameleon" else EOD)
+    return {"form": form, "decoder": dataclasses.replace(recipe.decoder, packing=packing)}
 
 
 def link(stage: str, source: pathlib.Path, folder: pathlib.Path) -> None:

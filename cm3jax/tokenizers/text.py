@@ -114,7 +114,10 @@ class Tokenizer:
 
     Attributes:
       size: Entries in use; ids are 0 .. size - 1.
+      unsaid: Of these, the ones that are no text, and that a model must not draw: <unk>.
     """
+
+    unsaid = (0,)
 
     def __init__(self, path):
         path = pathlib.Path(path)
