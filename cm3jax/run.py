@@ -132,7 +132,7 @@ def encode_shards(recipe: Recipe, run: pathlib.Path, host: int, hosts: int) -> N
     if not encode.missing(prepared, out, host, hosts):
         return
     batch = -(-recipe.tokens.batch // len(devices)) * len(devices)
-    tokenizer, pictures = text.Tokenizer(run / "text" / "tokenizer.model"), image.load(run / "image", batch, devices)
+    tokenizer, pictures = text.load(run / "text"), image.load(run / "image", batch, devices)
     count = 0
 
     def codes(found):
