@@ -510,7 +510,10 @@ def again(name: str, only: str) -> str:
 def refuse_changes(stage: Stage, recipe: Recipe, folder: pathlib.Path, how: str) -> None:
     """Raise UserError if the recipe differs from what the stage on disk was made with."""
     record = stages.read(stage.folder(folder))
-    changed = stages.differences(record.config, stage.settings(recipe)) if record else []
+    now = stage.settings(recipe)
+    if record and record.imported:  # knows of nothing but what the import decided
+        now = stages.common(record.config, now)
+    changed = stages.differences(record.config, now) if record else []
     if changed:
         raise UserError(
             f"{stage.folder(folder)}: {stages.describe(changed)}; set it back, make the stage and what follows"
@@ -524,7 +527,8 @@ def fitting_inputs(stage: Stage, recipe: Recipe, folder: pathlib.Path, how: str)
     Raises:
       UserError: if they are not those that it was begun with.
     """
-    now, record = inputs(stage, recipe, folder), stages.read(stage.folder(folder))
+    record = stages.read(stage.folder(folder))
+    now = {} if record and record.imported else inputs(stage, recipe, folder)
     if record and record.inputs != now:
         changed = ", ".join(sorted(k for k in {**now, **record.inputs} if now.get(k) != record.inputs.get(k)))
         raise UserError(
@@ -585,7 +589,9 @@ def bring(stage: Stage, recipe: Recipe, folder: pathlib.Path, title: str, how: s
     """
     now, record = fitting_inputs(stage, recipe, folder, how), stages.read(stage.folder(folder))
     if record and record.complete and not (fault := stages.missing(folder, record)):
-        return say(f"{title}: up to date")
+        return say(f"{title}: {f'imported from {record.imported}' if record.imported else 'up to date'}")
+    if record and record.imported:
+        raise UserError(f"{folder}: {fault}; import it again from {record.imported}")
     if record:
         say(f"{title}: {fault if record.complete else 'was interrupted'}; continues after {record.seconds:.0f} s")
     else:
@@ -716,8 +722,9 @@ def adopt(recipe: Recipe, folder, stage: str) -> Recipe:
                     f"vocab.{size} = {getattr(recipe.vocab, size)}, but {folder} was made with {value};"
                     f" add --vocab.{size} {value}"
                 )
-        section = type(getattr(recipe, name))
-        recipe = dataclasses.replace(recipe, **{name: config.from_json(section, record.config[name], name)})
+        if name in record.config:  # an imported text tokenizer has no settings
+            section = type(getattr(recipe, name))
+            recipe = dataclasses.replace(recipe, **{name: config.from_json(section, record.config[name], name)})
     return recipe
 
 

@@ -1,7 +1,7 @@
 """Retrieval in small: named things of `scenes:rare`, whose looks a memory bank tells, on two CPU cores.
 
-    cm3jax run configs/retrieval.py
-    python launch/retrieval_ablation.py WORK    what the memory brings: trains six decoders, see there
+cm3jax run configs/retrieval.py
+python launch/retrieval_ablation.py WORK    what the memory brings: trains six decoders, see there
 """
 
 import dataclasses

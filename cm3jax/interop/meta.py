@@ -89,7 +89,9 @@ def settings(about: dict[str, Any], rows: int, mlp: int, names: dict[str, int], 
       names: The tokenizer's entries: name -> id.
     """
     if about["qk_normalization"] is not True:
-        raise UserError(f"{where}: qk_normalization = {about['qk_normalization']!r}: must be true, as in all Chameleons")
+        raise UserError(
+            f"{where}: qk_normalization = {about['qk_normalization']!r}: must be true, as in all Chameleons"
+        )
     theta = about["rope_theta"]
     if type(theta) not in (int, float) or theta <= 0:
         raise UserError(f"{where}: rope_theta = {theta!r}: must be a number above 0")
@@ -200,7 +202,9 @@ def _split(shard: mapped.Tensors, shape: Shape) -> dict[str, mapped.Tensor]:
         inner = FUSED[whole]
         sizes = rows if len(inner) == 3 else [tensor.shape[0] // 2] * 2 if tensor.shape else [0, 0]
         if len(tensor.shape) != 2 or tensor.shape[0] != sum(sizes):
-            raise UserError(f"{shard.path}: {name} has shape {tensor.shape}, must have {sum(sizes)} rows by params.json")
+            raise UserError(
+                f"{shard.path}: {name} has shape {tensor.shape}, must have {sum(sizes)} rows by params.json"
+            )
         for i, (one, size) in enumerate(zip(inner, sizes, strict=True)):
             if f"{layer}.{one}" in shard.found:
                 raise UserError(f"{shard.path}: {layer}.{one} stands twice, in {name} too")
@@ -245,7 +249,9 @@ def _made(
         heads = shape.heads if turned[1] == "q" else shape.groups
         whole = _joined(name, parts, 0, latest)
         if len(whole.shape) != 2 or whole.shape[0] != heads * shape.width:
-            raise UserError(f"{path}: {name} has shape {parts[0].shape}, must have {heads * shape.width} rows in all parts")
+            raise UserError(
+                f"{path}: {name} has shape {parts[0].shape}, must have {heads * shape.width} rows in all parts"
+            )
         make = lambda: halved(whole.read(), heads)  # noqa: E731
         return f"{layer}self_attn.{turned[1]}_proj.weight", mapped.Tensor(whole.shape, whole.dtype, make)
     if normed := re.fullmatch(r"attention\.([qk])_normalization\.(weight|bias)", rest):

@@ -184,7 +184,9 @@ def _image(path: pathlib.Path) -> mapped.Tensors:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder of an image tokenizer")
     paths = _files(path) if path.is_dir() else [path]
-    found = [t for t in (tensors.open(p) for p in paths if tensors.recognised(p) in tensors.OPENERS) if is_image(t.found)]
+    found = [
+        t for t in (tensors.open(p) for p in paths if tensors.recognised(p) in tensors.OPENERS) if is_image(t.found)
+    ]
     if len(found) != 1:
         what = f"several, {found[0].path.name} and {found[1].path.name}" if found else "none"
         raise UserError(f"{path}: an image tokenizer is needed (vqgan.ckpt), here is {what}; name it with --image")
