@@ -80,9 +80,7 @@ def words(rows=ROWS_WITH_BYTES, codes=CODES, seed=0):
     """
     names = vocabulary(rows, codes, seed)
     free = [name for name in names if name.startswith("word")]
-    letters = (
-        [f"<0x{i:02X}>" for i in range(256)] + list("\u2581abcdefghijklmnopqrstuvwxyz") + ["ca", "cat", "\u2581cat"]
-    )
+    letters = [f"<0x{i:02X}>" for i in range(256)] + [*"\u2581abcdefghijklmnopqrstuvwxyz", "ca", "cat", "\u2581cat"]
     for name, new in zip(free, letters, strict=False):
         names[new] = names.pop(name)
     assert "\u2581cat" in names, "more rows are needed"

@@ -46,7 +46,7 @@ NOT_WEIGHTS = {"rope.freqs"}
 NUMBER = re.compile(r"consolidated(?:\.([0-9]+))?\.(?:pth|pt)")
 DEFAULTS = {"n_kv_heads": None, "rope_theta": 10_000.0, "swin_norm": False, "norm_eps": 1e-5, "qk_normalization": True}
 LONG = 16_384
-"""Positions of a model whose rotations are slower than usual, as later Llamas'; else 4,096 (arXiv 2405.09818 table 1)."""
+"""Positions of a model whose rotations are slower than usual; else 4,096 (arXiv 2405.09818 table 1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def tensors(shards: list[mapped.Tensors], about: dict[str, Any]) -> dict[str, ma
     """Return Hugging Face's tensors, each made of its parts when it is read.
 
     Raises:
-      UserError: naming the file and the tensor that is missing, left over, or of another shape or type than its fellows.
+      UserError: naming the file and the tensor that is missing, left over, or not as in the other files.
     """
     parts = [_split(shard, _shape(about, shard, len(shards))) for shard in shards]
     shape, latest = _shape(about, shards[0], len(shards)), _Latest()
@@ -194,9 +194,8 @@ def _split(shard: mapped.Tensors, shape: Shape) -> dict[str, mapped.Tensor]:
     for name, tensor in shard.found.items():
         if name in NOT_WEIGHTS:
             continue
-        layer, _, rest = name.partition(".attention.") if ".attention.w" in name else name.partition(".feed_forward.")
-        whole = name.removeprefix(layer + ".")
-        if whole not in FUSED:
+        layer, whole = next(((name[: -len(x) - 1], x) for x in FUSED if name.endswith(f".{x}")), ("", ""))
+        if not whole:
             found[name] = tensor
             continue
         inner = FUSED[whole]

@@ -161,8 +161,8 @@ def _tokenizer(path: pathlib.Path) -> pathlib.Path:
     if len(found) != 1:
         what = f"several, {found[0].name} and {found[1].name}" if found else "none"
         raise UserError(
-            f"{path}: a text tokenizer with Chameleon's image codes is needed (tokenizer.json, text_tokenizer.json), here"
-            f" is {what}; name it with --tokenizer"
+            f"{path}: a text tokenizer with Chameleon's image codes is needed (tokenizer.json, text_tokenizer.json),"
+            f" here is {what}; name it with --tokenizer"
         )
     return found[0]
 
