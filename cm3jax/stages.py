@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from cm3jax import config
 from cm3jax.types import UserError
 
 FILE = "stage.json"
@@ -105,8 +106,11 @@ def flatten(settings, where: str = "") -> dict[str, Any]:
 
 
 def differences(old, new) -> list[tuple[str, Any, Any]]:
-    """Return (field, old value, new value) of every significant setting that differs; an absent one is "(absent)"."""
-    old, new = flatten(significant(old)), flatten(significant(new))
+    """Return (field, old value, new value) of every significant setting that differs; an absent one is "(absent)".
+
+    A setting that the old ones lack, since the program had no such setting then, and that now has its default, is none.
+    """
+    old, new = flatten(significant(config.settle(old, new, config.Recipe))), flatten(significant(new))
     pairs = [(name, old.get(name, "(absent)"), new.get(name, "(absent)")) for name in {**old, **new}]
     return [(name, a, b) for name, a, b in pairs if a != b]
 

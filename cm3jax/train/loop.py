@@ -49,6 +49,7 @@ def train(
     name: str = "train",
     meta: dict[str, Any] | None = None,
     devices=None,
+    defaults: dict[str, Any] | None = None,
 ) -> states.TrainState:
     """Train to `training.steps`, from the latest checkpoint in `folder` if there is one; return the final state.
 
@@ -63,6 +64,7 @@ def train(
       name: Names the random stream and the progress bar.
       meta: JSON values that must be the same when a run continues: hashes of the config and of the data plan.
       devices: Devices of the mesh; None: all.
+      defaults: What values of `meta` were where a checkpoint lacks them, since it is older than the setting.
 
     Raises:
       UserError: if a checkpoint does not fit, a batch does not divide over the mesh, or the loss stops being finite.
@@ -75,7 +77,7 @@ def train(
     manager = checkpoint.open(folder, training.keep, say=lambda line: metrics.say(f"{name}: {line}"))
     identity = {"name": name, "seed": training.seed, "batch": training.batch, **(meta or {})}
     try:
-        state, start, seconds = _begin(compiled, manager, training, identity)
+        state, start, seconds = _begin(compiled, manager, training, identity, defaults or {})
         run = _Run(compiled, training, manager, folder, hooks, name, eval_batches, identity, state, start, seconds)
         with _Signals() as signals:
             return run.train(batches, signals)
@@ -155,7 +157,9 @@ def check_batch(training: configs.Training, mesh) -> None:
 # ------------------------------------------------------------------------------------------------- starting, continuing
 
 
-def _begin(compiled: Compiled, manager, training: configs.Training, identity) -> tuple[states.TrainState, int, float]:
+def _begin(
+    compiled: Compiled, manager, training: configs.Training, identity, defaults
+) -> tuple[states.TrainState, int, float]:
     """Return the state to go on from, its step and the seconds trained so far."""
     damage = None
     for step in checkpoint.uncommitted(manager) if hosts.lead() else ():
@@ -163,7 +167,7 @@ def _begin(compiled: Compiled, manager, training: configs.Training, identity) ->
     for step in checkpoint.candidates(manager):
         try:
             saved = checkpoint.load_meta(manager, step)
-            _check_identity(manager.directory, step, saved["identity"], identity, training)
+            _check_identity(manager.directory, step, saved["identity"], identity, training, defaults)
             return checkpoint.restore(manager, step, compiled.abstract), step, saved["seconds"]
         except checkpoint.Damaged as e:
             damage = e
@@ -174,9 +178,10 @@ def _begin(compiled: Compiled, manager, training: configs.Training, identity) ->
     return compiled.init(), 0, 0.0
 
 
-def _check_identity(folder, step: int, saved, now, training: configs.Training) -> None:
+def _check_identity(folder, step: int, saved, now, training: configs.Training, defaults) -> None:
     """Raise unless the run that saved a checkpoint was this one."""
     saved, now = _flat(saved), _flat(now)
+    saved = {name: value for name, value in _flat(defaults).items() if name in now} | saved
     for key in sorted(set(saved) | set(now)):
         if saved.get(key) != now.get(key):
             raise UserError(
