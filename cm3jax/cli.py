@@ -26,6 +26,7 @@ from cm3jax.types import UserError
 
 MASK = "<mask>"  # sample.generate's, which would load jax
 PUBLISHED = "published"
+IMPORTED = "imported.json"  # foreign.ABOUT, which would load jax
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
 
@@ -52,6 +53,8 @@ class Prepare:
             raise UserError(f"--source {self.prepare.source}: the source stands first: cm3jax prepare SOURCE OUT")
         settings = dataclasses.replace(self.prepare, source=self.source)
         recipe = Recipe(name=pathlib.Path(self.out).resolve().name, prepare=settings)
+        if (pathlib.Path(self.out) / IMPORTED).is_file():  # keeps what the import decided
+            recipe = dataclasses.replace(run_recipe(self.out), prepare=settings)
         make(recipe, self.out, "prepare", self)
 
 
@@ -485,7 +488,7 @@ class Plan:
     """
 
     config: Positional[Annotated[str, arg(metavar="RECIPE")]]
-    """Recipe file; the flags below change single settings. "published": the method on runs of others."""
+    """Recipe file or run folder; the flags below change single settings. "published": the method on runs of others."""
     topology: str = "v5e-256"
     """Slice, as users name it (v5p-128), as the compiler does (v5p:4x4x4), or both (v5p-128=v5p:4x4x4)."""
     slices: int = 1
@@ -514,6 +517,65 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Import:
+    """Bring a released checkpoint into a run folder: Chameleon, Anole, Lumina-mGPT, an image tokenizer, CLIP.
+
+    cm3jax import chameleon-7b runs/chameleon
+
+    cm3jax import vqgan.ckpt runs/taming --hash 5e2f...
+
+    What it is follows from its content. Nothing in a file is ever executed, and nothing is written unless all of it
+    fits. The run folder then works with every verb.
+    """
+
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]]
+    """Folder of a checkpoint (Hugging Face's layout or Meta's), or a file of an image tokenizer."""
+    out: Positional[Annotated[str, arg(metavar="OUT")]]
+    """Run folder to write; must not be there."""
+    tokenizer: str = ""
+    """The text tokenizer's file, or a folder that has it; "": in SOURCE."""
+    image: str = ""
+    """The image tokenizer's file, or a folder that has it (Hugging Face's Chameleon has no image decoder, Meta's
+    vqgan.ckpt has); "": in SOURCE."""
+    pinned: Annotated[str, arg(name="hash")] = ""
+    """SHA-256 that the files must have, as an import prints it; "": any."""
+    dry_run: bool = False
+    """Find a place for every tensor, read none and write nothing. With --hash the files are read once, for it."""
+
+    def __call__(self):
+        from cm3jax import foreign
+
+        foreign.bring(self.source, self.out, self.tokenizer, self.image, self.pinned, self.dry_run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a run's weights into files for others: a folder that transformers loads, or plain safetensors.
+
+    cm3jax export runs/chameleon chameleon-hf --to hf
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder, trained here or imported."""
+    out: Positional[Annotated[str, arg(metavar="OUT")]]
+    """Folder to write; must not be there."""
+    to: Literal["hf", "safetensors"] = "safetensors"
+    """hf: Hugging Face's layout of Chameleon, for decoders of that form; safetensors: every part of any run, named as
+    cm3jax/interop/plain.py says, which import reads again."""
+    step: int = -1
+    """Checkpoint of the decoder; -1: the one that the run's evaluation chose, else the latest."""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Type of the weights; "": as they are stored."""
+
+    def __call__(self):
+        from cm3jax import foreign
+
+        run = folder(self.run)
+        step = chosen_checkpoint(run) if self.step < 0 else self.step
+        foreign.send(run, self.out, self.to, step, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Show versions, devices, memory and disk, what is missing and how to get it."""
 
@@ -534,6 +596,8 @@ VERBS = {
     "retrieve build": RetrieveBuild,
     "retrieve query": RetrieveQuery,
     "evaluate": Evaluate,
+    "import": Import,
+    "export": Export,
     "plan": Plan,
     "bench": Bench,
     "doctor": Doctor,
@@ -709,7 +773,8 @@ def defaults(verb: str, argv: list[str]):
         return flags.blank(cls, sampling=chosen(folder(argv[0]), verb))
     if argv[0] == PUBLISHED and verb == "plan":
         return flags.blank(cls)
-    return flags.blank(cls, recipe=run_recipe(argv[0]) if RECIPES[verb] == "RUN" else configs.load(argv[0]))
+    of_a_run = RECIPES[verb] == "RUN" or pathlib.Path(argv[0]).is_dir()
+    return flags.blank(cls, recipe=run_recipe(argv[0]) if of_a_run else configs.load(argv[0]))
 
 
 def chosen(run: pathlib.Path, verb: str) -> Sampling:

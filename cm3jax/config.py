@@ -247,14 +247,34 @@ class VQGAN:
     """Decay of codebook updates by moving averages; 0: by gradient."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters are float32."""
+    latents: int = 0
+    """Channels that the encoder ends and the decoder begins with, before and behind the codes' own two convolutions;
+    0: z. Published codes of few dimensions (LlamaGen's 8) lie between 256."""
+    quantizer: Literal["nearest", "cosine", "argmax"] = "nearest"
+    """nearest: the code at the least distance. For imported weights only: cosine: the same, latents and codes scaled to
+    length 1 at each use (LlamaGen); argmax: the code of the highest score by one more convolution (DALL-E's and
+    taming's Gumbel softmax, without its noise)."""
+    shortcut_kernel: int = 1
+    """Of the convolution beside a residual block that changes the channels: 1 or 3."""
+    decoder: bool = True
+    """False: pictures become codes, and codes no pictures, as in Chameleon's own files. For imported weights only."""
 
     def __post_init__(self):
         within(self, "image.model", 1, math.inf, "patch", "width", "z")
-        within(self, "image.model", 0, math.inf, "encoder_blocks", "decoder_blocks", "groups")
+        within(self, "image.model", 0, math.inf, "encoder_blocks", "decoder_blocks", "groups", "latents")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"image.model.multipliers = {self.multipliers}: must be one or more numbers from 1 on")
         if self.encoder_kernel not in (1, 3):
             raise ValueError(f"image.model.encoder_kernel = {self.encoder_kernel}: must be 1 or 3")
+        if self.shortcut_kernel not in (1, self.encoder_kernel):
+            raise ValueError(
+                f"image.model.shortcut_kernel = {self.shortcut_kernel}: must be 1, or 3 where encoder_kernel is 3"
+            )
+        if self.l2_normalise and self.quantizer != "nearest":
+            raise ValueError(
+                f"image.model.quantizer = {self.quantizer!r}: has its own scale; set l2_normalise to False, or take"
+                " 'nearest'"
+            )
         if any(not 0 <= i < len(self.multipliers) for i in self.attention):
             last = len(self.multipliers) - 1
             raise ValueError(f"image.model.attention = {self.attention}: must be indices of multipliers, 0 to {last}")
@@ -831,6 +851,24 @@ def from_json(cls, data, where: str = ""):
     if not isinstance(data, cls) or (cls is not bool and isinstance(data, bool)):
         raise UserError(f"{where} = {json.dumps(data)}: expected {cls.__name__}")
     return data
+
+
+def settle(old, new, kind) -> Any:
+    """Return JSON `old` with those fields of dataclass `kind` that it lacks and `new` has at their defaults.
+
+    What was made before a setting existed was made as its default does it: the two are the same.
+    """
+    if dataclasses.is_dataclass(kind) and isinstance(old, dict) and isinstance(new, dict):
+        found, hints = dict(old), typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if field.name in old and field.name in new:
+                found[field.name] = settle(old[field.name], new[field.name], hints[field.name])
+            elif field.name in new and new[field.name] == (default := to_json(field.default)):
+                found[field.name] = default
+        return found
+    if typing.get_origin(kind) is tuple and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [settle(a, b, typing.get_args(kind)[0]) for a, b in zip(old, new, strict=True)]
+    return old
 
 
 def digest(*things) -> str:

@@ -22,7 +22,7 @@ def drawings(recipe: Recipe, run: pathlib.Path) -> Callable[[Any, int], None]:
     from cm3jax.train import lm
 
     model = lm.model(recipe.decoder, recipe.vocab)
-    tokenizers = text.Tokenizer(run / "text" / "tokenizer.model"), image.load(run / "image")
+    tokenizers = text.load(run / "text"), image.load(run / "image")
     prompts = captions(run / "prepared")
 
     def draw(state, step: int) -> None:

@@ -272,16 +272,16 @@ def read(
     for path, leaf in wanted.items():
         kind = np.dtype(dtype or tensors[leaf.names[0]].dtype)
 
-        def piece(index, leaf=leaf, kind=kind):
-            return _piece(tensors, leaf, order, index, kind)
+        def take(index, leaf=leaf, kind=kind):
+            return piece(tensors, leaf, order, index, kind)
 
         whole = (slice(None),) * len(leaf.shape)
         place = places.get(path)
-        found[path] = piece(whole) if place is None else jax.make_array_from_callback(leaf.shape, place, piece)
+        found[path] = take(whole) if place is None else jax.make_array_from_callback(leaf.shape, place, take)
     return flax.traverse_util.unflatten_dict(found, sep="/")
 
 
-def _piece(tensors: Tensors, leaf: Leaf, order: chameleon_vocab.Order, index, dtype) -> np.ndarray:
+def piece(tensors: Tensors, leaf: Leaf, order: chameleon_vocab.Order, index, dtype) -> np.ndarray:
     """Return a block of one of our arrays."""
     at = index[leaf.stacked :]
     names = leaf.names[index[0]] if leaf.stacked else leaf.names

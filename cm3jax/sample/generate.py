@@ -54,7 +54,7 @@ def load(run, batch: int = 16, step: int | None = None) -> "Generator":
     if not (run / "recipe.json").is_file():
         raise UserError(f"run {str(run)!r}: no recipe.json there; give the folder that `cm3jax run` wrote")
     recipe = configs.load(run / "recipe.json")
-    text, image = texts.Tokenizer(run / "text" / "tokenizer.model"), images.load(run / "image")
+    text, image = texts.load(run / "text"), images.load(run / "image")
     model = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
     params = jax.tree.map(jnp.asarray, checkpoint.load_params(run / "decoder", step=step))
     return of(recipe, model, params, text, image, batch)

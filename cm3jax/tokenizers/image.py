@@ -17,7 +17,6 @@ import numpy as np
 import safetensors.numpy
 
 import cm3jax.config as cfg
-import cm3jax.nn.quantizer as quantizer
 import cm3jax.nn.vqgan as vqgan
 import cm3jax.objectives.vqgan as objective
 import cm3jax.sharding as sharding
@@ -76,8 +75,14 @@ class Tokenizer:
         """Return the pictures uint8 [b, h, w, 3] of codes [b, n].
 
         Raises:
-          UserError: if a row is not one picture's worth of codes, or a code is not in the codebook.
+          UserError: if a row is not one picture's worth of codes, a code is not in the codebook, or the tokenizer was
+            imported without a decoder.
         """
+        if not self.config.decoder:
+            raise UserError(
+                "this image tokenizer has no decoder, as its source had none: it reads pictures and draws none; import"
+                " it from a source with one (Meta's vqgan.ckpt, Anole)"
+            )
         codes, n = np.asarray(codes), self.grid[0] * self.grid[1]
         if codes.ndim != 2 or codes.shape[1] != n or not np.issubdtype(codes.dtype, np.integer):
             raise UserError(f"codes of {codes.dtype} {codes.shape}: a picture here is a row of {n} integers")
@@ -118,8 +123,8 @@ class Tokenizer:
         model = vqgan.VQGAN(self.config, self.codes)
 
         def encode(params, pictures):
-            latents = model.apply({"params": params}, objective.to_unit(pictures), method="encode")
-            return quantizer.nearest(latents, params["codebook"]).reshape(len(pictures), -1)
+            codes = model.apply({"params": params}, objective.to_unit(pictures), method="tokenize")
+            return codes.reshape(len(pictures), -1)
 
         return jax.jit(encode)
 
@@ -128,8 +133,8 @@ class Tokenizer:
         model = vqgan.VQGAN(self.config, self.codes)
 
         def decode(params, codes):
-            vectors = quantizer.lookup(codes.reshape(-1, *self.grid), params["codebook"])
-            return objective.to_bytes(model.apply({"params": params}, vectors, method="decode"))
+            grids = codes.reshape(-1, *self.grid)
+            return objective.to_bytes(model.apply({"params": params}, grids, method="paint"))
 
         return jax.jit(decode)
 

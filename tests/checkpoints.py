@@ -1,0 +1,126 @@
+"""Folders of small Chameleons as Hugging Face and Meta publish them."""
+
+import json
+import pathlib
+
+import chameleons
+import ml_dtypes
+import numpy as np
+import torch
+
+from cm3jax.interop import mapped, meta, safetensor_files
+
+
+def settings(**changes):
+    """Return a config.json of a vocabulary with an entry for every byte."""
+    made = chameleons.about(vocab_size=chameleons.ROWS_WITH_BYTES, **changes)
+    return made | {"model_type": "chameleon", "vocabulary_map": chameleons.words()["model"]["vocab"]}
+
+
+def hugging_face(folder: pathlib.Path, about=None, tensors=None, most=safetensor_files.SHARD_BYTES, pictures=None):
+    """Write Hugging Face's layout; return its tensors."""
+    about = about or settings()
+    tensors = tensors or chameleons.random_tensors(about)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "tokenizer.json").write_text(json.dumps(chameleons.words()))
+    held = {name: mapped.held(x) for name, x in (tensors | (pictures or {})).items()}
+    safetensor_files.save(folder, held, {"format": "pt"}, most)
+    return tensors
+
+
+def metas(tensors, about, shards=1, fused=False, dtype=torch.float32):
+    """Return Meta's tensors of each model-parallel process, made from Hugging Face's by what the two say of each."""
+    heads, groups = about["num_attention_heads"], about["num_key_value_heads"]
+    made = [{} for _ in range(shards)]
+
+    def put(name, x, axis):
+        for i, part in enumerate(made):
+            piece = x if axis is None else np.split(x, shards, axis)[i]
+            part[name] = torch.tensor(np.ascontiguousarray(piece), dtype=dtype)
+
+    put(meta.TABLE, tensors["model.embed_tokens.weight"], 1)
+    put(meta.HEAD, tensors["lm_head.weight"], 0)
+    put(meta.NORM, tensors["model.norm.weight"], None)
+    for i in range(about["num_hidden_layers"]):
+        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+        for name, (other, axis) in meta.PLAIN.items():
+            put(ours + name, tensors[theirs + other], axis)
+        for letter, count in (("q", heads), ("k", groups)):
+            put(
+                f"{ours}attention.w{letter}.weight",
+                neighbours(tensors[f"{theirs}self_attn.{letter}_proj.weight"], count),
+                0,
+            )
+            for kind in ("weight", "bias"):
+                rows = tensors[f"{theirs}self_attn.{letter}_norm.{kind}"]  # [heads, k], equal within a process
+                for part, own in zip(made, np.split(rows, shards), strict=True):
+                    assert (own == own[0]).all()
+                    x = neighbours(own[0], 1)
+                    part[f"{ours}attention.{letter}_normalization.{kind}"] = torch.tensor(x, dtype=dtype)
+        if fused:
+            for part in made:
+                for name, inner in meta.FUSED.items():
+                    part[ours + name] = torch.cat([part.pop(ours + one) for one in inner])
+    for part in made:
+        part["rope.freqs"] = torch.ones(3)
+    return made
+
+
+def neighbours(x, heads):
+    """Return rows with the pairs (i, i + k/2) of each head side by side."""
+    k = len(x) // heads
+    rows = [head * k + i + half * (k // 2) for head in range(heads) for i in range(k // 2) for half in (0, 1)]
+    return x[rows]
+
+
+def per_process(tensors, about, shards):
+    """Return tensors whose scales and biases of q and k are equal within each process, as Meta's are."""
+    found = dict(tensors)
+    for name, x in tensors.items():
+        if "q_norm" in name or "k_norm" in name:
+            found[name] = np.repeat(x[:: len(x) // shards], len(x) // shards, 0)
+    return found
+
+
+def params(about, shards=1, **changes):
+    """Return the content of params.json."""
+    model = {
+        "dim": about["hidden_size"],
+        "n_layers": about["num_hidden_layers"],
+        "n_heads": about["num_attention_heads"],
+        "norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "qk_normalization": True,
+        "swin_norm": about.get("swin_norm", False),
+        "max_seq_len": about["max_position_embeddings"],
+    }
+    if about["num_key_value_heads"] != about["num_attention_heads"]:
+        model["n_kv_heads"] = about["num_key_value_heads"]
+    return {"model": model | changes, "model_parallel_size": shards, "seq_length": 4096}
+
+
+def meta_folder(folder: pathlib.Path, tensors, about, shards=1, pictures=None, **options):
+    """Write Meta's layout."""
+    model, words = folder / "models" / "7b", folder / "tokenizer"
+    model.mkdir(parents=True)
+    words.mkdir()
+    parts = metas(tensors, about, shards, **options)
+    for i, part in enumerate(parts):
+        torch.save(part, model / ("consolidated.pth" if shards == 1 else f"consolidated.{i:02}.pth"))
+    (model / "params.json").write_text(json.dumps(params(about, shards)))
+    (model / "consolidate_params.json").write_text(json.dumps({"model_parallel_size": shards}))
+    (words / "text_tokenizer.json").write_text(json.dumps(metas_words()))
+    (words / "checklist.chk").write_text("0  vqgan.ckpt\n")
+    if pictures is not None:
+        state = {name: torch.tensor(x) for name, x in pictures.items()}
+        torch.save({"state_dict": state}, words / "vqgan.ckpt")
+    return folder
+
+
+def metas_words():
+    """Return Meta's tokenizer, which has <reserved08707> for Hugging Face's <image>."""
+    return json.loads(json.dumps(chameleons.words()).replace("<image>", "<reserved08707>"))
+
+
+HALF = {torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16, torch.float32: np.float32}
