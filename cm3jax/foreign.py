@@ -24,16 +24,19 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import numpy as np
 
 from cm3jax import config, stages, trees
 from cm3jax import run as runs
-from cm3jax.interop import chameleon, chameleon_vocab, mapped, sources, streamed
+from cm3jax.interop import chameleon, chameleon_vocab, mapped, sources, streamed, vqgan
+from cm3jax.retrieval import encoder, weights
+from cm3jax.tokenizers import clip as tokenizers
 from cm3jax.tokenizers import text
 from cm3jax.types import UserError
+from cm3jax.vocab import LIMIT, SPECIALS, Vocab
 
 ABOUT = "imported.json"
 
@@ -45,23 +48,33 @@ class Plan:
     Attributes:
       recipe: Of the run.
       decoder: Our parameters, to be read in blocks; {} if there is no language model.
-      order: Of the language model's ids.
-      count: Tensors that are taken.
+      order: Of the language model's ids; None without one.
+      image: The image tokenizer; None if there is none.
+      clip: The retriever; None if there is none.
     """
 
     recipe: config.Recipe
-    decoder: dict[str, streamed.Array]
-    order: chameleon_vocab.Order | None
-    count: int
+    decoder: dict[str, streamed.Array] = dataclasses.field(default_factory=dict)
+    order: chameleon_vocab.Order | None = None
+    image: vqgan.Network | None = None
+    clip: config.CLIP | None = None
 
 
 def bring(
-    source: str, out: str, tokenizer: str = "", image: str = "", pinned: str = "", dry: bool = False, say=print
+    source: str,
+    out: str,
+    tokenizer: str = "",
+    image: str = "",
+    resolution: int = 0,
+    pinned: str = "",
+    dry: bool = False,
+    say=print,
 ) -> pathlib.Path:
     """Write the run folder of a released checkpoint; return it.
 
     Args:
       source, tokenizer, image: As for `sources.open`.
+      resolution: Of the image tokenizer's pictures; 0: as the files say, or what is known of published ones.
       pinned: SHA-256 that what is read must have; "": any.
       dry: Map every tensor, and write nothing.
       say: Told in lines what is done.
@@ -73,7 +86,7 @@ def bring(
     folder = pathlib.Path(out)
     fresh(folder)
     found = sources.open(source, tokenizer, image)
-    plan = planned(found, folder.resolve().name)
+    plan = planned(found, folder.resolve().name, resolution)
     for line in described(found, plan):
         say(line)
     if pinned or not dry:
@@ -115,20 +128,77 @@ def whole(folder: pathlib.Path):
 # ------------------------------------------------------------------------------------------------------------- what is
 
 
-def planned(found: sources.Source, name: str) -> Plan:
+def planned(found: sources.Source, name: str, resolution: int = 0) -> Plan:
     """Return what an import of a source writes; raises a UserError that names what does not fit."""
     if found.kind == "chameleon":
-        return _chameleon(found, name)
-    raise UserError(f"{found.path}: {found.layout}: cannot be imported yet")
+        return _chameleon(found, name, resolution)
+    if found.kind == "image":
+        return _image(found, name, resolution)
+    model = weights.sizes(_folder(found.path), _Opened(found.clip))
+    tokenizers.load(_folder(found.path))
+    return Plan(config.Recipe(name=name, retriever=config.Retriever(model=model)), clip=model)
 
 
-def _chameleon(found: sources.Source, name: str) -> Plan:
+def _image(found: sources.Source, name: str, resolution: int) -> Plan:
+    network = vqgan.network(found.image, None, resolution, str(found.path))
+    sources.floating(_taken(found.image, network), found.path)
+    room = LIMIT - len(SPECIALS) - network.codes - Vocab.sentinels  # the default text vocabulary may not fit beside it
+    vocab = Vocab(text=max(1, min(Vocab.text, room)), image=network.codes)
+    return Plan(_with_pictures(config.Recipe(name=name, vocab=vocab), network), image=network)
+
+
+def _with_pictures(recipe: config.Recipe, network: vqgan.Network) -> config.Recipe:
+    """Return a recipe with an image tokenizer's settings."""
+    return dataclasses.replace(
+        recipe,
+        prepare=dataclasses.replace(recipe.prepare, resolution=network.resolution),
+        image=dataclasses.replace(recipe.image, model=network.model),
+    )
+
+
+def _taken(tensors: dict[str, mapped.Tensor], network: vqgan.Network) -> dict[str, mapped.Tensor]:
+    """Return the tensors of an image tokenizer that are read."""
+    return {leaf.name: tensors[leaf.name] for leaf in vqgan.leaves(network).values()}
+
+
+def _folder(path: pathlib.Path) -> pathlib.Path:
+    return path if path.is_dir() else path.parent
+
+
+class _Opened:
+    """Tensors as `weights` wants an open file."""
+
+    def __init__(self, tensors: dict[str, mapped.Tensor]):
+        self.tensors = tensors
+        self.keys = tensors.keys
+
+    def get_slice(self, name: str):
+        return _Shape(self.tensors[name].shape)
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        return self.tensors[name].read()
+
+
+class _Shape(NamedTuple):
+    shape: tuple[int, ...]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+
+def _chameleon(found: sources.Source, name: str, resolution: int) -> Plan:
     where = str(found.path)
     network = chameleon.network(found.about, f"{where}: {sources.CONFIG}")
     order = chameleon_vocab.order(found.about["vocabulary_map"], network.rows, str(found.tokenizer))
     wanted = chameleon.leaves(network.model, network.rows)
     chameleon.compare(found.language, wanted, where)
-    sources.floating(found.language, found.path)
+    pictures = vqgan.network(found.image, found.about if found.inner else None, resolution, where)
+    if pictures.codes != order.vocab.image:
+        raise UserError(
+            f"{where}: its image tokenizer has {pictures.codes} codes, its text tokenizer {found.tokenizer}"
+            f" entries for {order.vocab.image}; they do not belong together"
+        )
+    sources.floating(found.language | _taken(found.image, pictures), found.path)
     params = {path: _streamed(found.language, leaf, order) for path, leaf in wanted.items()}
     recipe = config.Recipe(
         name=name,
@@ -140,7 +210,7 @@ def _chameleon(found: sources.Source, name: str) -> Plan:
             z_loss=1e-5,  # arXiv 2405.09818 §2.4
         ),
     )
-    return Plan(recipe, params, order, len(found.language))
+    return Plan(_with_pictures(recipe, pictures), params, order, pictures)
 
 
 def _streamed(tensors: dict[str, mapped.Tensor], leaf: chameleon.Leaf, order: chameleon_vocab.Order) -> streamed.Array:
@@ -154,12 +224,21 @@ def _streamed(tensors: dict[str, mapped.Tensor], leaf: chameleon.Leaf, order: ch
 def described(found: sources.Source, plan: Plan) -> list[str]:
     """Return what a person wants to know before an import."""
     lines = [f"{found.path}: {found.layout}"]
+    if plan.image:
+        left = f", {len(plan.image.left)} tensors of its training left out" if plan.image.left else ""
+        lines.append(
+            f"image tokenizer: {plan.image.codes:,} codes, {plan.image.resolution} px, {plan.image.model.factor} px a"
+            f" code, {len(vqgan.leaves(plan.image))} tensors{left}"
+            + ("" if plan.image.model.decoder else "; no decoder, so it reads pictures and draws none (see --image)")
+        )
+    if plan.clip:
+        lines.append(f"retriever: {len(found.clip)} tensors, pictures of {plan.clip.resolution} px")
     if plan.decoder:
         size, model = trees.size(plan.decoder), plan.recipe.decoder.model
         kinds = ", ".join(sorted({str(array.dtype) for array in plan.decoder.values()}))
         lines.append(
-            f"decoder: {size:,} parameters in {plan.count:,} tensors of {kinds}; {model.layers} layers of width"
-            f" {model.width}, {plan.recipe.vocab.size:,} ids of which {plan.recipe.vocab.image:,} are image codes"
+            f"decoder: {size:,} parameters in {len(found.language):,} tensors of {kinds}; {model.layers} layers of"
+            f" width {model.width}, {plan.recipe.vocab.size:,} ids of which {plan.recipe.vocab.image:,} are image codes"
         )
     return lines
 
@@ -175,18 +254,27 @@ def write(found: sources.Source, plan: Plan, run: pathlib.Path, digest: str) -> 
         shutil.copyfile(found.tokenizer, run / "text" / text.PUBLISHED)
         chameleon_vocab.save(run / "text" / text.ORDER, plan.order)
         text.load(run / "text")  # what a run will open must open
-        record(plan.recipe, run, "text", {"vocab": {"text": plan.recipe.vocab.text}}, origin)
+        record(run, "text", {"vocab": {"text": plan.recipe.vocab.text}}, origin)
         params = flax.traverse_util.unflatten_dict(plan.decoder, sep="/")
         streamed.save(run / "decoder", 0, params, {"identity": {"name": "decoder"}, "seconds": 0.0})
         made = {name: config.to_json(getattr(plan.recipe.decoder, name)) for name in ("model", "packing", "mask")}
-        record(plan.recipe, run, "decoder", {"decoder": made}, origin)
+        record(run, "decoder", {"decoder": made}, origin)
+    if plan.image:
+        params = vqgan.read(found.image, plan.image, where=str(found.path))
+        vqgan.save(run / "image", plan.image, params)
+        made = {"image": {"model": config.to_json(plan.image.model)}, "vocab": {"image": plan.image.codes}}
+        record(run, "image", made, origin)
+    if plan.clip:
+        folder = _folder(found.path)
+        encoder.save(run / "retriever", *weights.read(folder, _Opened(found.clip)), tokenizers.load(folder))
+        record(run, "retriever", {"retriever": {"model": config.to_json(plan.clip)}}, origin)
     about = {"layout": found.layout, "sha256": digest, "source": str(found.path), "config": found.about}
     about["files"] = sorted(os.path.relpath(path, found.path) for path in set(found.files))
     stages.write_text(run / ABOUT, json.dumps(about, indent=1) + "\n")
     stages.write_text(run / "recipe.json", json.dumps(config.to_json(plan.recipe), indent=1) + "\n")
 
 
-def record(recipe: config.Recipe, run: pathlib.Path, name: str, settings: dict[str, Any], origin: str) -> None:
+def record(run: pathlib.Path, name: str, settings: dict[str, Any], origin: str) -> None:
     """Write the stage.json of an imported stage."""
     stage = runs.STAGES[name]
     files = stages.files(run, stage.output)
