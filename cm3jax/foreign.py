@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import numpy as np
 
-from cm3jax import config, stages, trees
+from cm3jax import checkpoint, config, stages, trees
 from cm3jax import run as runs
-from cm3jax.interop import chameleon, chameleon_vocab, mapped, sources, streamed, vqgan
+from cm3jax.interop import chameleon, chameleon_vocab, mapped, pieces, plain, safetensor_files, sources, streamed, vqgan
 from cm3jax.retrieval import encoder, weights
 from cm3jax.tokenizers import clip as tokenizers
-from cm3jax.tokenizers import text
+from cm3jax.tokenizers import image, text
 from cm3jax.types import UserError
 from cm3jax.vocab import LIMIT, SPECIALS, Vocab
 
@@ -134,6 +134,8 @@ def planned(found: sources.Source, name: str, resolution: int = 0) -> Plan:
         return _chameleon(found, name, resolution)
     if found.kind == "image":
         return _image(found, name, resolution)
+    if found.kind == plain.FORMAT:
+        return _plain(found, name)
     model = weights.sizes(_folder(found.path), _Opened(found.clip))
     tokenizers.load(_folder(found.path))
     return Plan(config.Recipe(name=name, retriever=config.Retriever(model=model)), clip=model)
@@ -145,6 +147,23 @@ def _image(found: sources.Source, name: str, resolution: int) -> Plan:
     room = LIMIT - len(SPECIALS) - network.codes - Vocab.sentinels  # the default text vocabulary may not fit beside it
     vocab = Vocab(text=max(1, min(Vocab.text, room)), image=network.codes)
     return Plan(_with_pictures(config.Recipe(name=name, vocab=vocab), network), image=network)
+
+
+def _plain(found: sources.Source, name: str) -> Plan:
+    made = plain.recipe(found.about, str(found.path / sources.CONFIG))
+    wanted = plain.leaves(made) if found.language else {}  # else a run's tokenizer or retriever alone
+    plain.compare(found.language, wanted, str(found.path))
+    sources.floating(found.language, found.path)
+    own = chameleon_vocab.own(made.vocab)  # ids are ours there
+    params = {path: _streamed(found.language, leaf, own) for path, leaf in wanted.items()}
+    for part in PARTS:
+        if (found.path / part).is_dir():
+            PARTS[part](found.path / part)
+    return Plan(dataclasses.replace(made, name=name), params)
+
+
+PARTS = {"text": text.load, "image": image.load, "retriever": encoder.load}
+"""Folders of a run that are files for others as they are, and what opens them."""
 
 
 def _with_pictures(recipe: config.Recipe, network: vqgan.Network) -> config.Recipe:
@@ -249,29 +268,57 @@ def described(found: sources.Source, plan: Plan) -> list[str]:
 def write(found: sources.Source, plan: Plan, run: pathlib.Path, digest: str) -> None:
     """Write a run folder, stage by stage."""
     origin = f"{found.path} ({digest[:16]})"
-    if plan.decoder:
+    if found.kind == plain.FORMAT:
+        for part in copied(found.path, run):
+            record(run, part, _told(plan.recipe, part), origin)
+    elif plan.decoder:
         (run / "text").mkdir()
         shutil.copyfile(found.tokenizer, run / "text" / text.PUBLISHED)
         chameleon_vocab.save(run / "text" / text.ORDER, plan.order)
         text.load(run / "text")  # what a run will open must open
-        record(run, "text", {"vocab": {"text": plan.recipe.vocab.text}}, origin)
+        record(run, "text", _told(plan.recipe, "text"), origin)
+    if plan.decoder:
         params = flax.traverse_util.unflatten_dict(plan.decoder, sep="/")
         streamed.save(run / "decoder", 0, params, {"identity": {"name": "decoder"}, "seconds": 0.0})
-        made = {name: config.to_json(getattr(plan.recipe.decoder, name)) for name in ("model", "packing", "mask")}
-        record(run, "decoder", {"decoder": made}, origin)
+        record(run, "decoder", _told(plan.recipe, "decoder"), origin)
     if plan.image:
         params = vqgan.read(found.image, plan.image, where=str(found.path))
         vqgan.save(run / "image", plan.image, params)
-        made = {"image": {"model": config.to_json(plan.image.model)}, "vocab": {"image": plan.image.codes}}
-        record(run, "image", made, origin)
+        record(run, "image", _told(plan.recipe, "image"), origin)
     if plan.clip:
         folder = _folder(found.path)
         encoder.save(run / "retriever", *weights.read(folder, _Opened(found.clip)), tokenizers.load(folder))
-        record(run, "retriever", {"retriever": {"model": config.to_json(plan.clip)}}, origin)
-    about = {"layout": found.layout, "sha256": digest, "source": str(found.path), "config": found.about}
-    about["files"] = sorted(os.path.relpath(path, found.path) for path in set(found.files))
+        record(run, "retriever", _told(plan.recipe, "retriever"), origin)
+    told = {name: value for name, value in found.about.items() if name != "vocabulary_map"}  # tokenizer.json has it
+    about = {"layout": found.layout, "sha256": digest, "source": str(found.path), "config": told}
+    about["files"] = sorted(os.path.relpath(path, _folder(found.path)) for path in set(found.files))
+    if plan.image:
+        kinds = {tensor.dtype.name for tensor in _taken(found.image, plan.image).values()}
+        about["image"] = {"form": plan.image.form, "prefix": plan.image.prefix}
+        about["image"]["dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
     stages.write_text(run / ABOUT, json.dumps(about, indent=1) + "\n")
     stages.write_text(run / "recipe.json", json.dumps(config.to_json(plan.recipe), indent=1) + "\n")
+
+
+def _told(recipe: config.Recipe, name: str) -> dict[str, Any]:
+    """Return the settings of a stage that an import decides."""
+    if name == "text":
+        return {"vocab": {"text": recipe.vocab.text}}
+    fields = ("model", "packing", "mask") if name == "decoder" else ("model",)
+    section = getattr(recipe, name)
+    told: dict[str, Any] = {name: {field: config.to_json(getattr(section, field)) for field in fields}}
+    return told | ({"vocab": {"image": recipe.vocab.image}} if name == "image" else {})
+
+
+def copied(source: pathlib.Path, out: pathlib.Path) -> list[str]:
+    """Copy the finished files of a run's tokenizers and retriever; return the folders that there are."""
+    found = [part for part in PARTS if (source / part).is_dir()]
+    for part in found:
+        (out / part).mkdir()
+        for path in sorted((source / part).iterdir()):
+            if path.is_file() and stages.counts(path.relative_to(source)):
+                shutil.copyfile(path, out / part / path.name)
+    return found
 
 
 def record(run: pathlib.Path, name: str, settings: dict[str, Any], origin: str) -> None:
@@ -282,3 +329,106 @@ def record(run: pathlib.Path, name: str, settings: dict[str, Any], origin: str) 
     digest = config.digest(stages.significant(settings))
     made = stages.Record(settings, digest, {}, True, result, files, imported=origin)
     stages.write(stage.folder(run), made)
+
+
+# ----------------------------------------------------------------------------------------------------------------- out
+
+
+def send(run: pathlib.Path, out: str, to: str, step: int | None = None, dtype: str = "", say=print) -> pathlib.Path:
+    """Write a run's weights for others; return the folder.
+
+    Args:
+      to: "hf": Chameleon as Hugging Face publishes it, which transformers loads; "safetensors": see `interop.plain`.
+      step: Checkpoint of the decoder; None: the latest.
+      dtype: Of the weights; "": as they are stored.
+
+    Raises:
+      UserError: if `out` is there, the run is not finished, or naming the setting in which it is no Chameleon.
+    """
+    folder = pathlib.Path(out)
+    fresh(folder)
+    recipe = config.load(run / "recipe.json")
+    if to == "hf" and not (run / "decoder").is_dir():
+        raise UserError(f"{run}: has no decoder/, and --to hf writes language models; take --to safetensors")
+    with whole(folder) as partial:
+        files = (_hugging_face if to == "hf" else _safetensors)(run, recipe, partial, step, dtype)
+    say(f"{folder}: {', '.join(files)}")
+    return folder
+
+
+def _hugging_face(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, step, dtype: str) -> list[str]:
+    """Write a folder that transformers loads."""
+    origin = imported(run)
+    tokenizer, model = text.load(run / "text"), recipe.decoder.model
+    if isinstance(tokenizer, text.Published):
+        words = _with_image(json.loads(tokenizer.path.read_text(encoding="utf-8")))
+        order = chameleon_vocab.load(run / "text" / text.ORDER)
+    else:
+        words, order = pieces.document(tokenizer, recipe.vocab), chameleon_vocab.own(recipe.vocab)
+    stages.write_text(out / text.PUBLISHED, json.dumps(words, ensure_ascii=False) + "\n")
+    names = sources.entries(out / text.PUBLISHED)
+    about = chameleon.settings(model, recipe.vocab.size, recipe.decoder.packing.length, names)
+    pictures = image.load(run / "image")
+    network = vqgan.Network(pictures.config, pictures.codes, pictures.resolution, prefix=chameleon.IMAGE)
+    about |= {"vq_config": vqgan.vq_config(network)}
+    params = checkpoint.load_params(run / "decoder", step=step)
+    tensors = {name: mapped.held(x) for name, x in chameleon.tensors(params, model, order, _kind(dtype))}
+    of_pictures = _kind(dtype or origin.get("image", {}).get("dtype", ""))
+    tensors |= {name: mapped.held(x) for name, x in vqgan.tensors(pictures.params, network, of_pictures)}
+    if not dtype and origin.get("config", {}).get("dtype", origin.get("config", {}).get("torch_dtype")):
+        about["dtype"] = origin["config"].get("dtype", origin["config"].get("torch_dtype"))
+    files = safetensor_files.save(out, tensors, {"format": "pt"})
+    for name, content in {
+        "config.json": about,
+        "generation_config.json": {key: about[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "tokenizer_config.json": _tokenizer_config(names, about),
+    }.items():
+        stages.write_text(out / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return sorted([path.name for path in files] + ["config.json", "tokenizer.json"])
+
+
+def _with_image(words: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json in which Meta's reserved entry has the name that Hugging Face gave it."""
+    vocab, before, now = words["model"]["vocab"], chameleon_vocab.IMAGE_BEFORE, chameleon_vocab.IMAGE
+    if now in vocab or before not in vocab:
+        return words
+    words["model"]["vocab"] = {now if name == before else name: i for name, i in vocab.items()}
+    for added in words["added_tokens"]:
+        added["content"] = now if added["content"] == before else added["content"]
+    return words
+
+
+def _tokenizer_config(names: dict[str, int], about: dict[str, Any]) -> dict[str, Any]:
+    """Return what transformers wants to know beside tokenizer.json."""
+    by_id = {i: name for name, i in names.items()}
+    told = {
+        f"{role}_token": by_id[about[f"{role}_token_id"]]
+        for role in ("bos", "eos", "pad")
+        if about[f"{role}_token_id"] is not None
+    }
+    if chameleon_vocab.END_OF_TURN in names:
+        told["sep_token"] = chameleon_vocab.END_OF_TURN
+    longest = about["max_position_embeddings"]
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, **told}
+
+
+def _safetensors(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, step, dtype: str) -> list[str]:
+    """Write all parts of a run that are weights or tokenizers."""
+    files = copied(run, out)
+    if (run / "decoder").is_dir():
+        params = checkpoint.load_params(run / "decoder", step=step)
+        tensors = plain.tensors(params, recipe, _kind(dtype))
+        files += [path.name for path in safetensor_files.save(out, tensors, {"format": "np"})]
+    stages.write_text(out / sources.CONFIG, json.dumps(plain.settings(recipe), indent=1) + "\n")
+    return [*files, sources.CONFIG]
+
+
+def imported(run: pathlib.Path) -> dict[str, Any]:
+    """Return what an import wrote down of where a run came from; {} for a run that was made here."""
+    path = run / ABOUT
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _kind(name: str) -> np.dtype | None:
+    """Return a type by its name; None for ""."""
+    return safetensor_files.DTYPES[{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[name]] if name else None

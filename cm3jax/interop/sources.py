@@ -152,9 +152,8 @@ def _meta(path: pathlib.Path, shards: list[pathlib.Path], tokenizer: str, image:
 
 
 def _native(path: pathlib.Path, about: dict[str, Any]) -> Source:
-    found = tensors.open(path)
-    files = (*found.files, path / CONFIG, *(p for p in sorted((path / "text").glob("*")) if p.is_file()))
-    return Source(path, NATIVE, "cm3jax", files, language=found.found, about=about)
+    found = tensors.open(path).found if any(path.glob("*.safetensors*")) else {}
+    return Source(path, NATIVE, "cm3jax", tuple(_files(path)), language=found, about=about)
 
 
 # --------------------------------------------------------------------------------------------------------- single files
