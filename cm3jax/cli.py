@@ -354,8 +354,8 @@ def seeded(value: int) -> int:
 def refuse_idle(verb: str, recipe: Recipe, default: Recipe, own: tuple[str, ...]) -> None:
     """Raise UserError for a flag that does nothing: one of a stage whose result is taken as it is on disk."""
     given, unset = stages.flatten(configs.to_json(recipe)), stages.flatten(configs.to_json(default))
-    for name in given:
-        if name.partition(".")[0] not in own and given[name] != unset.get(name):
+    for name in given | unset:
+        if name.partition(".")[0] not in own and given.get(name) != unset.get(name):
             raise UserError(
                 f"--{name}: does nothing here, as {verb} takes the other stages' results as they are; what it listens"
                 f" to: {', '.join(f'--{section}.*' if section != 'name' else '--name' for section in own)}"

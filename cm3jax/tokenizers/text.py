@@ -14,6 +14,7 @@ import itertools
 import json
 import pathlib
 import random
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,6 +24,9 @@ import tokenizers
 import cm3jax.config as config
 from cm3jax.types import UserError
 from cm3jax.vocab import Vocab
+
+MARKER = re.compile(r"<[^<>\s]+>")
+"""Names of entries of Chameleon's tokenizer that stand for no text."""
 
 MODEL, PUBLISHED, ORDER = "tokenizer.model", "tokenizer.json", "order.json"
 
@@ -124,7 +128,10 @@ class Tokenizer:
 
     Attributes:
       size: Entries in use; ids are 0 .. size - 1.
+      unsaid: Of these, the ones that are no text, and that a model must not draw: <unk>.
     """
+
+    unsaid = (0,)
 
     def __init__(self, path):
         path = pathlib.Path(path)
@@ -192,6 +199,7 @@ class Published(Tokenizer):
 
     Attributes:
       size: Text ids of the model, with or without an entry: all that are no special, image code or sentinel.
+      unsaid: Of these, markers and ids without an entry.
       vocab: The one id space of the model.
     """
 
@@ -202,6 +210,7 @@ class Published(Tokenizer):
         self.vocab, self._theirs = _order(folder / ORDER)
         self._ours = np.argsort(self._theirs)
         self.size = self.vocab.text
+        self.unsaid = self._unsaid()
         last = max(self.names.values(), default=0)
         if last >= len(self._theirs):
             raise UserError(f"{self.path}: has the id {last}, but {ORDER} is of {len(self._theirs)} ids")
@@ -213,6 +222,13 @@ class Published(Tokenizer):
     def names(self) -> dict[str, int]:
         """Every entry's name and its id in the model's own order."""
         return self._model.get_vocab(with_added_tokens=True)
+
+    def _unsaid(self) -> tuple[int, ...]:
+        """Return the pieces that are no text: markers such as <reserved08707>, and ids without an entry."""
+        texts = [i for name, i in self.names.items() if not MARKER.fullmatch(name) and i < len(self._ours)]
+        said = np.zeros(self.vocab.size, bool)
+        said[self._ours[texts]] = True
+        return tuple(np.flatnonzero(~said[self.vocab.text_start : self.vocab.image_start]).tolist())
 
     def id(self, name: str) -> int:
         """Return our id, in the one id space, of an entry such as "<s>"; raises a UserError if there is none."""
