@@ -568,6 +568,8 @@ class Import:
     image: str = ""
     """The image tokenizer's file, or a folder that has it (Hugging Face's Chameleon has no image decoder, Meta's
     vqgan.ckpt has); "": in SOURCE."""
+    resolution: int = 0
+    """Pixels of a side of the image tokenizer's pictures; 0: as the files say, or what is known of published ones."""
     pinned: Annotated[str, arg(name="hash")] = ""
     """SHA-256 that the files must have, as an import prints it; "": any."""
     dry_run: bool = False
@@ -576,7 +578,7 @@ class Import:
     def __call__(self):
         from cm3jax import foreign
 
-        foreign.bring(self.source, self.out, self.tokenizer, self.image, self.pinned, self.dry_run)
+        foreign.bring(self.source, self.out, self.tokenizer, self.image, self.resolution, self.pinned, self.dry_run)
 
 
 @dataclasses.dataclass(frozen=True)

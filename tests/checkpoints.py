@@ -1,5 +1,6 @@
 """Folders of small Chameleons as Hugging Face and Meta publish them."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,23 +9,44 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from cm3jax.interop import mapped, meta, safetensor_files
+from cm3jax import config
+from cm3jax.interop import mapped, meta, safetensor_files, vqgan
+
+PICTURES = vqgan.Network(
+    config.VQGAN(width=32, multipliers=(1, 1), encoder_blocks=1, decoder_blocks=2, attention=(), z=8),
+    chameleons.CODES,
+    8,
+)
 
 
 def settings(**changes):
     """Return a config.json of a vocabulary with an entry for every byte."""
     made = chameleons.about(vocab_size=chameleons.ROWS_WITH_BYTES, **changes)
-    return made | {"model_type": "chameleon", "vocabulary_map": chameleons.words()["model"]["vocab"]}
+    return made | {
+        "model_type": "chameleon",
+        "vq_config": vqgan.vq_config(PICTURES),
+        "vocabulary_map": chameleons.words()["model"]["vocab"],
+    }
 
 
-def hugging_face(folder: pathlib.Path, about=None, tensors=None, most=safetensor_files.SHARD_BYTES, pictures=None):
-    """Write Hugging Face's layout; return its tensors."""
+def pictures(prefix="model.vqmodel.", decoder=True, dtype=np.float32, seed=0):
+    """Return tensors of a small image tokenizer."""
+    draw = np.random.default_rng(seed)
+    network = PICTURES._replace(prefix=prefix, model=dataclasses.replace(PICTURES.model, decoder=decoder))
+    leaves = vqgan.leaves(network).values()
+    return {leaf.name: (0.3 * draw.standard_normal(leaf.theirs)).astype(dtype) for leaf in leaves}
+
+
+def hugging_face(folder: pathlib.Path, about=None, tensors=None, most=safetensor_files.SHARD_BYTES, decoder=True):
+    """Write Hugging Face's layout, image tokenizer included; return its tensors."""
     about = about or settings()
     tensors = tensors or chameleons.random_tensors(about)
+    if decoder is not None:
+        tensors = tensors | pictures(decoder=decoder, dtype=next(iter(tensors.values())).dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(about))
     (folder / "tokenizer.json").write_text(json.dumps(chameleons.words()))
-    held = {name: mapped.held(x) for name, x in (tensors | (pictures or {})).items()}
+    held = {name: mapped.held(x) for name, x in tensors.items()}
     safetensor_files.save(folder, held, {"format": "pt"}, most)
     return tensors
 
@@ -100,7 +122,7 @@ def params(about, shards=1, **changes):
     return {"model": model | changes, "model_parallel_size": shards, "seq_length": 4096}
 
 
-def meta_folder(folder: pathlib.Path, tensors, about, shards=1, pictures=None, **options):
+def meta_folder(folder: pathlib.Path, tensors, about, shards=1, **options):
     """Write Meta's layout."""
     model, words = folder / "models" / "7b", folder / "tokenizer"
     model.mkdir(parents=True)
@@ -112,9 +134,7 @@ def meta_folder(folder: pathlib.Path, tensors, about, shards=1, pictures=None, *
     (model / "consolidate_params.json").write_text(json.dumps({"model_parallel_size": shards}))
     (words / "text_tokenizer.json").write_text(json.dumps(metas_words()))
     (words / "checklist.chk").write_text("0  vqgan.ckpt\n")
-    if pictures is not None:
-        state = {name: torch.tensor(x) for name, x in pictures.items()}
-        torch.save({"state_dict": state}, words / "vqgan.ckpt")
+    torch.save({"state_dict": {n: torch.tensor(x) for n, x in pictures("").items()}}, words / "vqgan.ckpt")
     return folder
 
 

@@ -34,10 +34,10 @@ class Source:
       layout: Whose files they are, in words.
       files: All files that are read.
       language: The language model's tensors under Hugging Face's names; {} if there is none.
-      image: The image tokenizer's tensors, under the names of its own files; {} if there is none.
+      image: The image tokenizer's tensors, as their file names them; {} if there is none.
+      clip: CLIP's tensors; {} if there are none.
       about: The config.json, or what it would be; {} if there is none.
       tokenizer: The text tokenizer's file.
-      values: What the files hold beside tensors.
     """
 
     path: pathlib.Path
@@ -46,9 +46,14 @@ class Source:
     files: tuple[pathlib.Path, ...]
     language: dict[str, mapped.Tensor] = dataclasses.field(default_factory=dict)
     image: dict[str, mapped.Tensor] = dataclasses.field(default_factory=dict)
+    clip: dict[str, mapped.Tensor] = dataclasses.field(default_factory=dict)
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: pathlib.Path | None = None
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def inner(self) -> bool:
+        """Whether the image tokenizer lies in the language model's own files, whose config.json then tells of both."""
+        return any(name.startswith(chameleon.IMAGE) for name in self.image)
 
 
 def open(path, tokenizer: str = "", image: str = "") -> Source:
@@ -78,11 +83,12 @@ def open(path, tokenizer: str = "", image: str = "") -> Source:
     found = tensors.open(path)
     names = set(found.found)
     if any(name.startswith(("vision_model.", "visual.")) for name in names):
-        return Source(path, "clip", "CLIP", _beside(found.files, "config.json", "vocab.json", "merges.txt"))
+        files = _beside(found.files, "config.json", "vocab.json", "merges.txt")
+        return Source(path, "clip", "CLIP", files, clip=found.found)
     if meta.TABLE in names:
         raise UserError(f"{path}: one part of Meta's layout; give the folder that holds it, params.json and tokenizer")
     if is_image(names):
-        return Source(path, "image", "image tokenizer", found.files, image=found.found, values=found.values)
+        return Source(path, "image", "image tokenizer", found.files, image=found.found)
     what = f"model_type {about['model_type']!r}" if "model_type" in about else f"tensors such as {sorted(names)[:1]}"
     raise UserError(f"{path}: {what}: not known here; what can be imported: {LAYOUTS}")
 
@@ -100,14 +106,14 @@ def _hugging_face(path: pathlib.Path, about: dict[str, Any], tokenizer: str, ima
     found = tensors.open(path)
     inner = {name: t for name, t in found.found.items() if name.startswith(chameleon.IMAGE)}
     language = {name: t for name, t in found.found.items() if name not in inner}
-    own = {name.removeprefix(chameleon.IMAGE): t for name, t in inner.items()}
     outer = _image(pathlib.Path(image)) if image else None
+    if not (inner or outer):
+        raise UserError(f"{path}: has no image tokenizer; name a file that has one with --image (Meta's vqgan.ckpt)")
     words = _tokenizer(pathlib.Path(tokenizer or path))
     about = _named(about, words, path)
     files = (*found.files, path / CONFIG, words, *(outer.files if outer else ()))
-    values = outer.values if outer else {}
-    pictures = outer.found if outer else own
-    return Source(path, "chameleon", "Hugging Face", files, language, pictures, about, words, values)
+    pictures = outer.found if outer else inner
+    return Source(path, "chameleon", "Hugging Face", files, language, pictures, about=about, tokenizer=words)
 
 
 def _named(about: dict[str, Any], words: pathlib.Path, path: pathlib.Path) -> dict[str, Any]:
@@ -142,13 +148,12 @@ def _meta(path: pathlib.Path, shards: list[pathlib.Path], tokenizer: str, image:
     settings = meta.settings(about, rows, meta.mlp_width(opened, about), entries(words), folder)
     pictures = _image(pathlib.Path(image or path))
     files = (*(p for one in opened for p in one.files), *told, words, *pictures.files)
-    return Source(path, "chameleon", "Meta", files, language, pictures.found, settings, words, pictures.values)
+    return Source(path, "chameleon", "Meta", files, language, pictures.found, about=settings, tokenizer=words)
 
 
 def _native(path: pathlib.Path, about: dict[str, Any]) -> Source:
-    found = tensors.open(path)
-    files = (*found.files, path / CONFIG, *(p for p in sorted((path / "text").glob("*")) if p.is_file()))
-    return Source(path, NATIVE, "cm3jax", files, language=found.found, about=about)
+    found = tensors.open(path).found if any(path.glob("*.safetensors*")) else {}
+    return Source(path, NATIVE, "cm3jax", tuple(_files(path)), language=found, about=about)
 
 
 # --------------------------------------------------------------------------------------------------------- single files

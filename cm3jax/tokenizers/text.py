@@ -154,6 +154,10 @@ class Tokenizer:
             return bytes([int(self._model.id_to_piece(i)[3:-1], 16)])
         return b"" if self._model.is_unknown(i) else self._model.id_to_piece(i).replace(SPACE, " ").encode()
 
+    def piece(self, i: int) -> str:
+        """Return a piece as sentencepiece writes it: U+2581 for a blank, <0x0A> for a byte."""
+        return self._model.id_to_piece(i)
+
     def encode(self, text: str) -> list[int]:
         """Return piece ids; `decode` gives exactly `text` back.
 
