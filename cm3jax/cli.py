@@ -28,6 +28,7 @@ MASK = "<mask>"  # sample.generate's, which would load jax
 PUBLISHED = "published"
 IMPORTED = "imported.json"  # foreign.ABOUT, which would load jax
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
+Benchmark = Literal["all", "train", "decode", "data", "prepare", "chameleon", "chameleon-7b"]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
 
 
@@ -492,8 +493,9 @@ class Evaluate:
 class Bench:
     """Measure training, decoding, making batches and preparing pictures on this machine."""
 
-    what: Positional[Annotated[Literal["all", "train", "decode", "data", "prepare"], arg(metavar="WHAT")]] = "all"
-    """all, train, decode, data or prepare."""
+    what: Positional[Annotated[Benchmark, arg(metavar="WHAT")]] = "all"
+    """all (train, decode, data, prepare), one of these, chameleon (against transformers) or chameleon-7b (on a GPU or
+    TPU)."""
     config: str = "configs/cm3leon/tiny.py"
     """Recipe whose decoder is measured."""
     rounds: int = 5
