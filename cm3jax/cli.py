@@ -64,6 +64,10 @@ class Train:
     """Train one stage on the results of the earlier stages of a run.
 
     Ctrl-C saves, and the same command continues.
+
+    An imported model, once pictures are prepared and encoded in its folder, is trained further in a folder of its own:
+
+    cm3jax train RUN/recipe.json --inputs RUN --out NEW --decoder.start RUN --decoder.trainable image_head
     """
 
     config: Positional[Annotated[str, arg(metavar="CONFIG")]]

@@ -41,6 +41,7 @@ FLOORS = [
 APART = {"train", "sample"}
 """Neighbours on one floor that never import each other."""
 NO_JAX = ["cm3jax.data", "cm3jax.tokenizers.text", "cm3jax.tokenizers.document", "cm3jax.tokenizers.clip"]
+NO_JAX += ["cm3jax.tokenizers.turns"]
 NO_JAX += ["cm3jax.objectives.causal_mask", "cm3jax.objectives.places"]
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "transformers", "faiss", "sklearn", "skimage", "matplotlib"}
 
