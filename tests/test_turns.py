@@ -213,6 +213,7 @@ def whole(ids, longest, given):
     return re.fullmatch(f"T{{0,{longest}}}(BI{{{CODES}}}XT{{0,{longest}}})*E", word)
 
 
+@pytest.mark.slow
 def test_an_interleaved_document_is_always_whole_and_ends_within_its_row(generator):
     one, longest = codes()[0], 7
     rows = [
@@ -238,6 +239,7 @@ def favoured(generator, i, seed):
     return head.at[i].set(jnp.asarray(1.5 * np.random.default_rng(seed).standard_normal(head.shape[1]), head.dtype))
 
 
+@pytest.mark.slow
 def test_an_interleaved_row_alone_is_the_row_in_a_batch(generator):
     prompts = [["two", "green dots"], ["a red circle"], []]
     loud = dataclasses.replace(generator, params={**generator.params, "head": favoured(generator, BREAK, 1)})
