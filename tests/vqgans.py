@@ -214,21 +214,25 @@ def paint(s, net, codes):
 
 @torch.no_grad()
 def random(s, seed=0):
-    """Return a network with random weights, whose latents and codes spread.
-
-    The first layers are so weak that the norms behind them divide by little, and their eps counts.
-    """
+    """Return a network with random weights, whose latents and codes spread."""
     net, draw = build(s), torch.Generator().manual_seed(seed)
+    shake(net, draw)
+    settle(net.quantize, latents(s, net, torch.from_numpy(pictures(8, 16, seed + 1))), draw)
+    return net
+
+
+@torch.no_grad()
+def shake(net, draw):
+    """Set random weights; the first layers are so weak that the norms behind them divide by little, and eps counts."""
     for name, x in net.named_parameters():
         fan = x[0].numel() if x.ndim == 4 else 1
         scale = fan**-0.5 if x.ndim > 1 else 0.3
         x.copy_(scale * torch.randn(x.shape, generator=draw) + (name.endswith("weight") and x.ndim == 1))
         if "conv_in" in name:
             x.mul_(2e-3)
-    settle(net.quantize, latents(s, net, torch.from_numpy(pictures(8, 16, seed + 1))), draw)
-    return net
 
 
+@torch.no_grad()
 def settle(quantize, found, draw):
     """Put the codes among latents; LlamaGen's keep lengths of their own, Gumbel's scores lose what all have alike."""
     flat = found.permute(0, 2, 3, 1).reshape(-1, found.shape[1])
