@@ -219,17 +219,35 @@ def _chameleon(found: sources.Source, name: str, resolution: int) -> Plan:
         )
     sources.floating(found.language | _taken(found.image, pictures), found.path)
     params = {path: _streamed(found.language, leaf, order) for path, leaf in wanted.items()}
+    form = _form(found, order)
+    talks = form.kind == "chameleon"
     recipe = config.Recipe(
         name=name,
         vocab=order.vocab,
+        form=form,
         decoder=config.DecoderStage(
             model=network.model,
-            packing=config.Packing(kind="whole", length=network.length),
-            mask=config.Mask(spans=0.0),
+            packing=config.Packing("whole", network.length, most_spans=0, opening=form.begin)
+            if talks
+            else config.Packing("whole", network.length),
+            mask=config.Mask(spans=0.0) if talks else config.Mask(),
             z_loss=1e-5,  # arXiv 2405.09818 §2.4
         ),
     )
     return Plan(_with_pictures(recipe, pictures), params, order, pictures)
+
+
+def _form(found: sources.Source, order: chameleon_vocab.Order) -> config.Form:
+    """Return the form of the model's documents: Chameleon's, unless it was trained here, which its vocabulary tells."""
+    names, markers = found.about["vocabulary_map"], (chameleon_vocab.BEGIN, chameleon_vocab.END_OF_TURN)
+    there = [name for name in markers if name in names]
+    if not there:
+        return config.Form()
+    if len(there) < len(markers):
+        lost = next(name for name in markers if name not in names)
+        raise UserError(f"{found.tokenizer}: no entry {lost!r}; take the tokenizer that came with the model")
+    begin, turn = (int(order.ours[names[name]]) for name in markers)
+    return config.Form("chameleon", begin, turn)
 
 
 def _streamed(tensors: dict[str, mapped.Tensor], leaf: chameleon.Leaf, order: chameleon_vocab.Order) -> streamed.Array:

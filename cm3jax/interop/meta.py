@@ -79,7 +79,9 @@ def params(files: dict[pathlib.Path, dict[str, Any]], where: pathlib.Path) -> di
     return DEFAULTS | found
 
 
-def settings(about: dict[str, Any], rows: int, mlp: int, names: dict[str, int], where: pathlib.Path) -> dict[str, Any]:
+def settings(
+    about: dict[str, Any], rows: int, mlp: int, names: dict[str, int], dtype: str, where: pathlib.Path
+) -> dict[str, Any]:
     """Return the config.json that Hugging Face's files would have.
 
     Args:
@@ -87,6 +89,7 @@ def settings(about: dict[str, Any], rows: int, mlp: int, names: dict[str, int], 
       rows: Of the embedding table.
       mlp: Width of the feed-forward layer.
       names: The tokenizer's entries: name -> id.
+      dtype: Of the weights.
     """
     if about["qk_normalization"] is not True:
         raise UserError(
@@ -108,7 +111,7 @@ def settings(about: dict[str, Any], rows: int, mlp: int, names: dict[str, int], 
         "rope_theta": float(theta),
         "swin_norm": about["swin_norm"],
         "vocabulary_map": names,
-        "dtype": "bfloat16",
+        "dtype": dtype,
     }
 
 

@@ -87,8 +87,10 @@ def open(path, tokenizer: str = "", image: str = "") -> Source:
         return Source(path, "clip", "CLIP", files, clip=found.found)
     if meta.TABLE in names:
         raise UserError(f"{path}: one part of Meta's layout; give the folder that holds it, params.json and tokenizer")
-    if is_image(names):
+    if is_image(names) and chameleon.NAMES["table"] not in names:
         return Source(path, "image", "image tokenizer", found.files, image=found.found)
+    if chameleon.NAMES["table"] in names and "model_type" not in about:
+        raise UserError(f"{path}: a language model without a {CONFIG} that says its model_type; fetch that file too")
     what = f"model_type {about['model_type']!r}" if "model_type" in about else f"tensors such as {sorted(names)[:1]}"
     raise UserError(f"{path}: {what}: not known here; what can be imported: {LAYOUTS}")
 
@@ -144,8 +146,9 @@ def _meta(path: pathlib.Path, shards: list[pathlib.Path], tokenizer: str, image:
     opened = [tensors.open(p) for p in meta.ordered(shards, about, folder)]
     language = meta.tensors(opened, about)
     words = _tokenizer(pathlib.Path(tokenizer or path))
-    rows = language[chameleon.NAMES["table"]].shape[0]
-    settings = meta.settings(about, rows, meta.mlp_width(opened, about), entries(words), folder)
+    table = language[chameleon.NAMES["table"]]
+    mlp = meta.mlp_width(opened, about)
+    settings = meta.settings(about, table.shape[0], mlp, entries(words), table.dtype.name, folder)
     pictures = _image(pathlib.Path(image or path))
     files = (*(p for one in opened for p in one.files), *told, words, *pictures.files)
     return Source(path, "chameleon", "Meta", files, language, pictures.found, about=settings, tokenizer=words)

@@ -277,7 +277,11 @@ def _told(about: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _agree(network: Network, told: dict[str, Any], where: str) -> None:
     """Raise a UserError naming the field of a vq_config that is not as the tensors have it."""
     for name, value in vq_config(network).items():
-        same = set(told[name] or ()) == set(value or ()) if name == "attn_resolutions" else told[name] == value
+        said = told[name]
+        if name == "attn_resolutions":
+            same = mapped.counts(said or []) and sorted(said or []) == sorted(value or [])
+        else:  # of attention's types, all but "vanilla" are none
+            same = said == value or (name == "attn_type" and "vanilla" not in (said, value))
         if not same:
             raise UserError(f"{where}: vq_config.{name} = {mapped.short(told[name])}, its tensors are of {value}")
 
@@ -307,7 +311,7 @@ def vq_config(network: Network) -> dict[str, Any]:
         "channel_multiplier": list(model.multipliers),
         "num_res_blocks": model.encoder_blocks,
         "attn_resolutions": [network.resolution // 2**i for i in model.attention] or None,
-        "attn_type": "vanilla" if model.middle_attention else None,
+        "attn_type": "vanilla" if model.middle_attention else "none",
     }
 
 

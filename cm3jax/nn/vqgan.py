@@ -251,7 +251,7 @@ class VQGAN(nn.Module):
         """Return pictures of code vectors."""
         return self.pixels(self.features(vectors))
 
-    def __call__(self, pictures: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b h w c"], Int[Array, "b i j"]]:
+    def __call__(self, pictures: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b k l c"], Int[Array, "b i j"]]:
         """Return the reconstruction and the codes; without a decoder, what one would begin with in its place."""
         codes = self.tokenize(pictures)
         return (self.paint(codes) if self.config.decoder else self.from_code(self.vectors(codes))), codes
