@@ -263,6 +263,8 @@ class Caption:
     """Longest caption, in tokens."""
     documents: int = -1
     """Documents of the run's memory bank shown before each picture; -1: as many as the run's evaluation chose."""
+    request: str = ""
+    """What a model of Chameleon's form is asked of each picture; "": form.request of the run's recipe."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -276,6 +278,8 @@ class Caption:
         from cm3jax.sample import generate, recall
 
         generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        if self.request:
+            generator = generator.asking(self.request)
         memory, _ = remembered(run, self.batch, count)
         texts, found = recall.write(generator, pictures, seeded(self.seed), self.sampling, max_text, memory, count)
         for path, text, shown in zip(self.pictures, texts, found, strict=True):

@@ -188,7 +188,7 @@ def test_captions_answer_the_request_within_their_length(generator, pictures):
     for sampling in (generate.GREEDY, FREE):
         found = generator.image_to_text(pictures, 0, sampling, max_text=5)
         assert len(found) == 3 and all(isinstance(x, str) for x in found)
-    other = dataclasses.replace(generator, form=dataclasses.replace(FORM, request="two green dots"))
+    other = generator.asking("two green dots")
     assert other.image_to_text(pictures, max_text=9) != generator.image_to_text(pictures, max_text=9)
 
 
