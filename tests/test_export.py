@@ -95,11 +95,8 @@ def trained(tmp_path_factory):
     (run / "recipe.json").write_text(json.dumps(config.to_json(recipe)))
     vqgan.save(run / "image", checkpoints.PICTURES, vqgan.read(checkpoints.pictures(""), checkpoints.PICTURES))
     net, draw = decoder.Decoder(model, vocab.size, 64), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: decoder.init(net, key), jax.random.key(0))
-    params = jax.tree.map(
-        lambda x: jnp.asarray(0.3 * draw.standard_normal(x.shape, np.float32)),
-        jax.tree.map(lambda x: x, unboxed(shapes)),
-    )
+    shapes = sharding.unbox(jax.eval_shape(lambda key: decoder.init(net, key), jax.random.key(0)))
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * draw.standard_normal(x.shape, np.float32)), shapes)
     manager = checkpoint.open(run / "decoder")
     checkpoint.save(manager, 7, {"step": jnp.int32(7), "params": params, "opt_state": {}, "extra": {}}, {})
     manager.close()
