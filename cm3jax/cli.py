@@ -55,7 +55,10 @@ class Prepare:
         settings = dataclasses.replace(self.prepare, source=self.source)
         recipe = Recipe(name=pathlib.Path(self.out).resolve().name, prepare=settings)
         if (pathlib.Path(self.out) / IMPORTED).is_file():  # keeps what the import decided
-            recipe = dataclasses.replace(run_recipe(self.out), prepare=settings)
+            recipe = run_recipe(self.out)
+            if settings.resolution == configs.Prepare().resolution:
+                settings = dataclasses.replace(settings, resolution=recipe.prepare.resolution)
+            recipe = dataclasses.replace(recipe, prepare=settings)
         make(recipe, self.out, "prepare", self)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cm3jax import config
-from cm3jax.interop import mapped, meta, safetensor_files, vqgan
+from cm3jax.interop import chameleon, mapped, meta, safetensor_files, vqgan
 
 PICTURES = vqgan.Network(
     config.VQGAN(width=32, multipliers=(1, 1), encoder_blocks=1, decoder_blocks=2, attention=(), z=8),
@@ -144,3 +144,37 @@ def metas_words():
 
 
 HALF = {torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16, torch.float32: np.float32}
+
+
+def sparse_7b(folder: pathlib.Path, most=safetensor_files.SHARD_BYTES):
+    """Write the 7B in Hugging Face's layout without its numbers: headers, and files of that size without any blocks.
+
+    Sizes of arXiv 2405.09818 table 1, bfloat16, an image tokenizer without a decoder; return the number of tensors.
+    """
+    about = {"model_type": "chameleon", "torch_dtype": "bfloat16"}
+    network = chameleon.network(about)
+    model, codes, side = vqgan.PUBLISHED["Chameleon"]
+    pictures = vqgan.Network(dataclasses.replace(model, decoder=False), codes, side, prefix=chameleon.IMAGE)
+    shapes = {n: leaf.theirs for leaf in chameleon.leaves(network.model, network.rows).values() for n in leaf.names}
+    shapes |= {leaf.name: leaf.theirs for leaf in vqgan.leaves(pictures).values()}
+    files, size = [{}], 0
+    for name, shape in shapes.items():
+        count = 2 * int(np.prod(shape))
+        if size + count > most:
+            files.append({})
+            size = 0
+        files[-1][name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, size + count]}
+        size += count
+    names = [safetensor_files.SHARD.format(i + 1, len(files)) for i in range(len(files))]
+    folder.mkdir(parents=True)
+    for name, header in zip(names, files, strict=True):
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
+    where = {tensor: name for name, header in zip(names, files, strict=True) for tensor in header}
+    (folder / safetensor_files.INDEX).write_text(json.dumps({"weight_map": where}))
+    words = chameleons.words(network.rows, codes)
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    (folder / "config.json").write_text(json.dumps(about | {"vocabulary_map": words["model"]["vocab"]}))
+    return len(shapes)

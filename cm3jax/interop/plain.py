@@ -31,13 +31,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
-import jax
 import numpy as np
 
 from cm3jax import config as configs
-from cm3jax import sharding
 from cm3jax.interop import chameleon, mapped
-from cm3jax.nn import decoder
 from cm3jax.types import UserError
 
 FORMAT, VERSION = "cm3jax", 1
@@ -58,11 +55,8 @@ def recipe(about: Mapping[str, Any], where: str) -> configs.Recipe:
 
 def leaves(made: configs.Recipe) -> dict[str, chameleon.Leaf]:
     """Return where each of our parameters comes from, by its path."""
-    model = made.decoder.model
-    net = decoder.Decoder(model, made.vocab.size, made.decoder.packing.length)
-    shapes = sharding.unbox(jax.eval_shape(lambda key: decoder.init(net, key), jax.random.key(0)))
-    found = {}
-    for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items():
+    model, found = made.decoder.model, {}
+    for path, leaf in chameleon.shapes(model, made.vocab.size, made.decoder.packing.length).items():
         stacked = path.startswith(LAYERS)
         rest = path.removeprefix(LAYERS).replace("/", ".")
         names = tuple(f"layers.{i}.{rest}" for i in range(model.layers)) if stacked else (rest,)

@@ -89,8 +89,15 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         async with self._one:  # one block in memory, not one of each array
             spec = tspec | {"metadata": tspec["metadata"] | {"chunks": list(value.block)}}
             store = await ts.open(ts.Spec(spec), create=True, open=True, context=ts_context)
+            waiting, size = [], 0
             for at in value.blocks():
-                await store[at].write(np.ascontiguousarray(value.read(at), value.dtype))
+                block = np.ascontiguousarray(value.read(at), value.dtype)
+                waiting.append(store[at].write(block))
+                size += block.nbytes
+                if size >= BLOCK_BYTES:  # small ones go together, as each commit is a wait for the disk
+                    await asyncio.gather(*waiting)
+                    waiting, size = [], 0
+            await asyncio.gather(*waiting)
 
     async def _background_serialize(self, values, infos, args=None):
         self._one = asyncio.Lock()  # belongs to the loop that runs this
