@@ -825,10 +825,9 @@ def defaults(verb: str, argv: list[str]):
 
 def chosen(run: pathlib.Path, verb: str) -> Sampling:
     """Return the setting that the run's evaluation chose for what a verb does; the plain one before an evaluation."""
-    plain = Sampling(temperature=0.0) if verb == "caption" else Sampling()
     recipe = run / "recipe.json"
-    if verb != "caption" and recipe.is_file() and configs.load(recipe).form.kind == "chameleon":
-        plain = configs.CHAMELEON
+    form = configs.load(recipe).form.kind if recipe.is_file() else "cm3leon"
+    plain = Sampling(temperature=0.0) if verb == "caption" else configs.PLAIN[form]
     return reported(
         run,
         lambda report: configs.from_json(

@@ -706,8 +706,11 @@ class Sampling:
             )
 
 
-CHAMELEON = Sampling(temperature=0.7, top_p=0.9, guidance=3.0, image_guidance=1.2)
-"""Chameleon's own setting (its published code's defaults)."""
+PLAIN = {
+    "cm3leon": Sampling(),
+    "chameleon": Sampling(temperature=0.7, top_p=0.9, guidance=3.0, image_guidance=1.2),
+}
+"""Form of documents -> how pictures are drawn where no evaluation has chosen; Chameleon's is its own code's default."""
 
 
 @dataclasses.dataclass(frozen=True)
