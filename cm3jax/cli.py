@@ -28,6 +28,7 @@ MASK = "<mask>"  # sample.generate's, which would load jax
 PUBLISHED = "published"
 IMPORTED = "imported.json"  # foreign.ABOUT, which would load jax
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
+Benchmark = Literal["all", "train", "decode", "data", "prepare", "chameleon", "chameleon-7b"]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
 
 
@@ -54,7 +55,10 @@ class Prepare:
         settings = dataclasses.replace(self.prepare, source=self.source)
         recipe = Recipe(name=pathlib.Path(self.out).resolve().name, prepare=settings)
         if (pathlib.Path(self.out) / IMPORTED).is_file():  # keeps what the import decided
-            recipe = dataclasses.replace(run_recipe(self.out), prepare=settings)
+            recipe = run_recipe(self.out)
+            if settings.resolution == configs.Prepare().resolution:
+                settings = dataclasses.replace(settings, resolution=recipe.prepare.resolution)
+            recipe = dataclasses.replace(recipe, prepare=settings)
         make(recipe, self.out, "prepare", self)
 
 
@@ -63,6 +67,10 @@ class Train:
     """Train one stage on the results of the earlier stages of a run.
 
     Ctrl-C saves, and the same command continues.
+
+    An imported model, once pictures are prepared and encoded in its folder, is trained further in a folder of its own:
+
+    cm3jax train RUN/recipe.json --inputs RUN --out NEW --decoder.start RUN --decoder.trainable image_head
     """
 
     config: Positional[Annotated[str, arg(metavar="CONFIG")]]
@@ -168,12 +176,15 @@ class Generate:
 
     The sampling flags start from the setting that the run's evaluation chose. With --documents, or where the evaluation
     chose some, documents of the run's memory bank are shown before each caption, and their keys are printed.
+
+    cm3jax generate RUN "How does a chameleon hunt?" photo.jpg "Draw each step." --interleaved
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Run folder with text/, image/ and decoder/."""
     prompts: Positional[Annotated[tuple[str, ...], arg(metavar="PROMPT")]]
-    """Captions, such as "a large red circle top left, on white"."""
+    """Captions, such as "a large red circle top left, on white". With --interleaved the parts of one document in their
+    order, texts and picture files."""
     count: int = 1
     """Pictures of each."""
     seed: int = 0
@@ -185,10 +196,19 @@ class Generate:
     """Documents shown before each caption; -1: as many as the run's evaluation chose."""
     candidates: int = 1
     """Pictures drawn for each that is kept; the run's retriever picks the one nearest to the caption."""
+    interleaved: bool = False
+    """Continue the document that the PROMPTs begin with text and pictures, and write it as a page: Markdown, and PNG
+    files beside it. To a model of Chameleon's form they are a request, which it answers."""
+    parts: int = 4
+    """--interleaved: new texts and pictures at most; for a model of Chameleon's form pictures, with text between."""
+    max_text: int = 96
+    """--interleaved: longest new text, in tokens."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
         run = folder(self.run)
+        if self.interleaved:
+            return self.write_pages(run)
         prompts = [prompt for prompt in self.prompts for _ in range(positive("count", self.count))]
         if not prompts:
             raise UserError(
@@ -211,6 +231,25 @@ class Generate:
             print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, how))
             tell(found[i], count)
 
+    def write_pages(self, run: pathlib.Path) -> None:
+        """Write --count documents that begin with the prompts; the seed of each is one above that of the one before."""
+        from cm3jax import pages, png
+
+        count, max_text = positive("count", self.count), positive("max_text", self.max_text)
+        if self.documents > 0 or self.candidates != 1:
+            raise UserError("--interleaved: neither --documents nor --candidates go with it; leave them out")
+        if self.parts < 0:
+            raise UserError(f"--parts = {self.parts}: must be at least 0")
+        seeds = [seeded(self.seed + i) for i in range(count)]
+        parts = [png.read(prompt) if looks_like_a_file(prompt) else stated(prompt) for prompt in self.prompts]
+        from cm3jax.sample import generate
+
+        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        for seed in seeds:
+            found = generator.continue_document(parts, self.parts, seed, self.sampling, max_text, closed=True)
+            name = " ".join(self.prompts) or "document"
+            print(pages.write(self.out or run / "generated", found, name, seed, 0, self.sampling))
+
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
@@ -227,6 +266,8 @@ class Caption:
     """Longest caption, in tokens."""
     documents: int = -1
     """Documents of the run's memory bank shown before each picture; -1: as many as the run's evaluation chose."""
+    request: str = ""
+    """What a model of Chameleon's form is asked of each picture; "": form.request of the run's recipe."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -240,6 +281,8 @@ class Caption:
         from cm3jax.sample import generate, recall
 
         generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        if self.request:
+            generator = generator.asking(self.request)
         memory, _ = remembered(run, self.batch, count)
         texts, found = recall.write(generator, pictures, seeded(self.seed), self.sampling, max_text, memory, count)
         for path, text, shown in zip(self.pictures, texts, found, strict=True):
@@ -461,8 +504,9 @@ class Evaluate:
 class Bench:
     """Measure training, decoding, making batches and preparing pictures on this machine."""
 
-    what: Positional[Annotated[Literal["all", "train", "decode", "data", "prepare"], arg(metavar="WHAT")]] = "all"
-    """all, train, decode, data or prepare."""
+    what: Positional[Annotated[Benchmark, arg(metavar="WHAT")]] = "all"
+    """all (train, decode, data, prepare), one of these, chameleon (against transformers) or chameleon-7b (on a GPU or
+    TPU)."""
     config: str = "configs/cm3leon/tiny.py"
     """Recipe whose decoder is measured."""
     rounds: int = 5
@@ -782,6 +826,9 @@ def defaults(verb: str, argv: list[str]):
 def chosen(run: pathlib.Path, verb: str) -> Sampling:
     """Return the setting that the run's evaluation chose for what a verb does; the plain one before an evaluation."""
     plain = Sampling(temperature=0.0) if verb == "caption" else Sampling()
+    recipe = run / "recipe.json"
+    if verb != "caption" and recipe.is_file() and configs.load(recipe).form.kind == "chameleon":
+        plain = configs.CHAMELEON
     return reported(
         run,
         lambda report: configs.from_json(

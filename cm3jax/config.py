@@ -706,6 +706,10 @@ class Sampling:
             )
 
 
+CHAMELEON = Sampling(temperature=0.7, top_p=0.9, guidance=3.0, image_guidance=1.2)
+"""Chameleon's own setting (its published code's defaults)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Score a run; settings are chosen on the validation split, test and composition are run once."""

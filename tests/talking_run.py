@@ -16,7 +16,7 @@ from cm3jax.tokenizers import text as texts
 from cm3jax.vocab import Vocab
 
 VOCAB = Vocab(text=300, image=16, sentinels=4, multiple=8)
-SIDE, CODES, LENGTH = 16, 16, 112
+SIDE, CODES, LENGTH = 16, 16, 80
 FORM = configs.Form("chameleon", begin=VOCAB.text_start + 298, turn=VOCAB.text_start + 299, request="say")
 NET = configs.VQGAN(patch=4, width=8, multipliers=(1,), encoder_blocks=1, decoder_blocks=1, attention=(), z=3)
 MODEL = configs.Decoder(layers=2, width=32, heads=4, kv_heads=2, tied=False, dtype="float32", **chameleon.FORM)

@@ -21,13 +21,27 @@ FLOORS = [
     {"train", "sample"},
     {"evaluate"},
     {"plan"},
-    {"run", "parts", "report", "curves", "bench", "doctor", "hooks", "png", "flags", "foreign"},
+    {
+        "run",
+        "parts",
+        "report",
+        "curves",
+        "bench",
+        "bench_chameleon",
+        "doctor",
+        "hooks",
+        "png",
+        "pages",
+        "flags",
+        "foreign",
+    },
     {"cli"},
 ]
 """From the ground up. A module imports only lower floors, its own folder, and single files of its own floor."""
 APART = {"train", "sample"}
 """Neighbours on one floor that never import each other."""
 NO_JAX = ["cm3jax.data", "cm3jax.tokenizers.text", "cm3jax.tokenizers.document", "cm3jax.tokenizers.clip"]
+NO_JAX += ["cm3jax.tokenizers.turns"]
 NO_JAX += ["cm3jax.objectives.causal_mask", "cm3jax.objectives.places"]
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "transformers", "faiss", "sklearn", "skimage", "matplotlib"}
 

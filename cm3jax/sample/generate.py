@@ -168,6 +168,16 @@ class Generator:
 
     # ----------------------------------------------------------------------------------------------------------- text
 
+    def asking(self, request: str) -> "Generator":
+        """Return the generator that asks this of a picture, in place of `form.request`.
+
+        Raises:
+          UserError: if the form has no requests.
+        """
+        if self.form.kind != "chameleon":
+            raise UserError(f"request {request!r}: a model of form {self.form.kind} is asked nothing; leave it out")
+        return dataclasses.replace(self, form=dataclasses.replace(self.form, request=request))
+
     def image_to_text(
         self,
         pictures: Sequence[np.ndarray] | np.ndarray,

@@ -116,7 +116,7 @@ class Generator(generate.Generator):
 
         Stretch i of all rows is drawn at one time, from streams of random numbers of its own.
         """
-        words = dataclasses.replace(sampling, guidance=1.0, image_guidance=-1.0)
+        words = dataclasses.replace(sampling, method="top_p", guidance=1.0, image_guidance=-1.0)
         left, going = [pictures] * len(rows), list(range(len(rows)))
         for i in range(pictures + 1):
             if not going:

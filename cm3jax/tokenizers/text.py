@@ -25,8 +25,8 @@ import cm3jax.config as config
 from cm3jax.types import UserError
 from cm3jax.vocab import Vocab
 
-MARKER = re.compile(r"<[^<>\s]+>")
-"""Names of entries of Chameleon's tokenizer that stand for no text."""
+MARKER = re.compile(r"<(?!0x[0-9A-F]{2}>)[^<>\s]+>")
+"""Names of entries of Chameleon's tokenizer that stand for no text; those of bytes do."""
 
 MODEL, PUBLISHED, ORDER = "tokenizer.model", "tokenizer.json", "order.json"
 
