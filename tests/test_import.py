@@ -201,6 +201,8 @@ def test_an_image_tokenizer_alone_makes_image(tmp_path):
 def test_a_digest_pins_what_is_read(tmp_path, capsys):
     checkpoints.hugging_face(source := tmp_path / "hf")
     assert cli.main(["import", str(source), str(tmp_path / "run")]) == 0
+    planned = cli.defaults("plan", [str(tmp_path / "run")]).recipe
+    assert planned == config.load(tmp_path / "run" / "recipe.json"), "plan takes a run folder as it takes a recipe"
     digest = capsys.readouterr().out.split("SHA-256 ")[1].split()[0]
     assert cli.main(["import", str(source), str(tmp_path / "again"), "--hash", digest]) == 0
     assert cli.main(["import", str(source), str(tmp_path / "dry"), "--hash", digest, "--dry-run"]) == 0
