@@ -156,9 +156,11 @@ def _plain(found: sources.Source, name: str) -> Plan:
     sources.floating(found.language, found.path)
     own = chameleon_vocab.own(made.vocab)  # ids are ours there
     params = {path: _streamed(found.language, leaf, own) for path, leaf in wanted.items()}
-    for part in PARTS:
-        if (found.path / part).is_dir():
-            PARTS[part](found.path / part)
+    opened = {part: PARTS[part](found.path / part) for part in PARTS if (found.path / part).is_dir()}
+    if params and "text" in opened and opened["text"].size > made.vocab.text:
+        raise UserError(f"{found.path}: its text tokenizer has {opened['text'].size} entries, not {made.vocab.text}")
+    if params and "image" in opened and opened["image"].codes != made.vocab.image:
+        raise UserError(f"{found.path}: its image tokenizer has {opened['image'].codes} codes, not {made.vocab.image}")
     return Plan(dataclasses.replace(made, name=name), params)
 
 

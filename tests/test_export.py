@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 import torch
 
-from cm3jax import checkpoint, cli, config, foreign
+from cm3jax import checkpoint, cli, config, foreign, sharding
 from cm3jax.interop import chameleon, chameleon_vocab, pieces, plain, sources, tensors, vqgan
 from cm3jax.nn import decoder
 from cm3jax.tokenizers import document, image, text
@@ -225,7 +225,7 @@ def test_a_spoilt_plain_folder_is_refused_by_name(trained, tmp_path):
     for change, words in (
         ({"version": 2}, "version = 2"),
         ({"recipe": told["recipe"] | {"colour": 1}}, "unknown field 'colour'"),
-        ({"recipe": told["recipe"] | {"vocab": told["recipe"]["vocab"] | {"text": 400}}}, "table has shape"),
+        ({"recipe": told["recipe"] | {"vocab": told["recipe"]["vocab"] | {"text": 400}}}, "has shape"),
     ):
         path.write_text(json.dumps(told | change))
         with pytest.raises(UserError, match=words):

@@ -2,6 +2,9 @@
 
 import json
 import pathlib
+import re
+import subprocess
+import sys
 import zipfile
 
 import chameleons
@@ -83,6 +86,7 @@ def test_an_image_tokenizer_without_a_decoder_is_told_and_one_can_be_named(tmp_p
     assert np.array_equal(pictures.params["codebook"], other["quantize.embedding.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision_stays_half(tmp_path, half):
     about = checkpoints.settings(dtype=np.dtype(half).name)
@@ -112,6 +116,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 def test_metas_parts_1_2_and_4_are_hugging_faces_model(tmp_path, changes, fused):
@@ -137,6 +142,7 @@ def test_norms_of_q_and_k_are_those_of_each_heads_process(tmp_path, shards):
     assert equal(brought(folder, tmp_path / "run", resolution=8)[0], expected(tensors, about))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", checkpoints.HALF, ids=str)
 def test_metas_half_precision_stays_half(tmp_path, kind):
     about = checkpoints.settings()
@@ -195,6 +201,8 @@ def test_an_image_tokenizer_alone_makes_image(tmp_path):
 def test_a_digest_pins_what_is_read(tmp_path, capsys):
     checkpoints.hugging_face(source := tmp_path / "hf")
     assert cli.main(["import", str(source), str(tmp_path / "run")]) == 0
+    planned = cli.defaults("plan", [str(tmp_path / "run")]).recipe
+    assert planned == config.load(tmp_path / "run" / "recipe.json"), "plan takes a run folder as it takes a recipe"
     digest = capsys.readouterr().out.split("SHA-256 ")[1].split()[0]
     assert cli.main(["import", str(source), str(tmp_path / "again"), "--hash", digest]) == 0
     assert cli.main(["import", str(source), str(tmp_path / "dry"), "--hash", digest, "--dry-run"]) == 0
@@ -420,3 +428,27 @@ def test_what_is_no_model_is_refused(tmp_path):
     refused(tmp_path / "nothing", tmp_path / "run", ("no such file or folder",))
     (tmp_path / "x.bin").write_bytes(b"hello, world, here I am")
     refused(tmp_path / "x.bin", tmp_path / "run", ("x.bin", "neither safetensors nor torch.save"))
+
+
+# ------------------------------------------------------------------------------------------------------ the real 7B
+
+
+@pytest.mark.slow
+def test_every_tensor_of_the_7b_has_its_place_once(tmp_path):
+    """Its shape without its numbers, in a process of its own, whose memory is measured."""
+    count = checkpoints.sparse_7b(tmp_path / "7b")
+    size = sum(path.stat().st_size for path in (tmp_path / "7b").glob("*.safetensors"))
+    assert size > 14e9 and sum(path.stat().st_blocks for path in (tmp_path / "7b").glob("*.safetensors")) * 512 < 1e6
+    program = (
+        "import resource, sys; from cm3jax import cli; code = cli.main(sys.argv[1:]);"
+        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    arguments = ["import", str(tmp_path / "7b"), str(tmp_path / "run"), "--dry-run"]
+    out = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True).stdout
+    pictures, language = (int(re.search(rf"(\d+) tensors{of}", out)[1]) for of in (";", " of bfloat16"))
+    assert (pictures, language, pictures + language) == (129, 419, count)
+    assert "decoder: 7,013,666,816 parameters" in out
+    code, kib = map(int, out.split()[-2:])
+    assert code == 0
+    assert kib < 2 * 2**20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7b"]

@@ -263,7 +263,7 @@ def _trained_on(model: configs.VQGAN, codes: int) -> int:
 
 def _told(about: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the vq_config of a config.json with transformers' defaults, {} if it has none."""
-    if "vq_config" not in about and about.get("model_type") != "chameleon":
+    if "vq_config" not in about and about.get("model_type") not in ("chameleon", "anole"):
         return {}
     given = about.get("vq_config") or {}
     if not isinstance(given, Mapping):

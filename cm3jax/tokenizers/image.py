@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 
@@ -24,7 +25,10 @@ from cm3jax.types import UserError
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 BATCH = 64
-"""Pictures per call of the compiled functions; fewer are padded, so that each compiles once."""
+"""Pictures per call of the compiled functions, at most; fewer are padded, so that each compiles once."""
+LARGEST = 2**25
+"""Numbers at most in a call's largest array, 128 MiB: one picture of 512 pixels through 128 channels, four of 256.
+Several such arrays exist at one time, and a single picture to read or draw should not cost many times its own share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +186,19 @@ def _replace(path: pathlib.Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def load(folder, batch: int = BATCH, devices: tuple = ()) -> Tokenizer:
-    """Return the tokenizer in a folder; see `Tokenizer` for the other arguments.
+def fitting(config: cfg.VQGAN, resolution: int) -> int:
+    """Return the pictures of a call, a power of two up to `BATCH`, with which no array exceeds `LARGEST`."""
+    side = resolution // config.patch
+    sizes = [(side >> i) ** 2 * config.width * multiplier for i, multiplier in enumerate(config.multipliers)]
+    return min(BATCH, 2 ** int(math.log2(max(1, LARGEST // max(sizes)))))
+
+
+def load(folder, batch: int = 0, devices: tuple = ()) -> Tokenizer:
+    """Return the tokenizer in a folder.
+
+    Args:
+      batch: Pictures per compiled call; 0: as many as `fitting` says, on each of the devices.
+      devices: See `Tokenizer`.
 
     Raises:
       UserError: if there is none, its files do not belong together, or a weight is missing or has another shape.
@@ -202,6 +217,7 @@ def load(folder, batch: int = BATCH, devices: tuple = ()) -> Tokenizer:
     flat = safetensors.numpy.load(data)
     _compare(flat, model, codes, resolution, folder / WEIGHTS)
     params = flax.traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in flat.items()}, sep="/")
+    batch = batch or fitting(model, resolution) * max(1, len(devices))
     return Tokenizer(model, codes, resolution, params, batch, devices)
 
 
