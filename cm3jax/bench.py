@@ -15,6 +15,7 @@ How it is measured:
   a caption): plan, read, draw spans, move them, pack, positions and modalities. First in this process on one core; then
   through the worker processes of training, by the batches that arrive here, over the cores that both may use.
 - `prepare` turns 640 x 480 JPEGs into 256 px records, all cores, start-up of the processes included.
+- `chameleon` and `chameleon-7b`, which "all" leaves out, are in `bench_chameleon`.
 
 `train` needs jax, flax, optax, orbax-checkpoint, jaxtyping and numpy only, so it also runs where the rest is not
 installed: `python -m cm3jax.bench train`.
@@ -419,6 +420,13 @@ def prepare(rounds: int = 3, count: int = 400) -> list[Row]:
     return [row("prepare", [f["pictures_per_second"] for f in found], "pictures/s", note)]
 
 
+def of_chameleon(shape: str, rounds: int) -> list[Row]:
+    """Return the figures of `bench_chameleon`, which stands on this file."""
+    from cm3jax import bench_chameleon
+
+    return getattr(bench_chameleon, shape)(rounds)
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -445,13 +453,15 @@ def number(x: float) -> str:
 
 
 PARTS = ("train", "decode", "data", "prepare")
+CHAMELEON = ("chameleon", "chameleon-7b")
+"""Not in "all": one needs transformers, the other an accelerator."""
 
 
 def main(what: str = "all", config: str = TINY, rounds: int = 5, compiled: bool = False, out: str = "") -> list[Row]:
     """Run one benchmark or all, print the figures, and return them.
 
     Args:
-      what: One of PARTS, or "all".
+      what: One of PARTS or CHAMELEON, or "all" of PARTS.
       config: Recipe whose decoder `train` and `decode` measure.
       rounds: Rounds of each contestant.
       compiled: In `train`, compare with torch.compile too.
@@ -460,8 +470,8 @@ def main(what: str = "all", config: str = TINY, rounds: int = 5, compiled: bool 
     Raises:
       UserError: before anything is measured, if an argument is wrong.
     """
-    if what not in (*PARTS, "all"):
-        raise UserError(f"bench {what}: no such benchmark; one of {', '.join(PARTS)}, all")
+    if what not in (*PARTS, *CHAMELEON, "all"):
+        raise UserError(f"bench {what}: no such benchmark; one of {', '.join((*PARTS, *CHAMELEON))}, all")
     if rounds < 1:
         raise UserError(f"rounds = {rounds}: must be at least 1")
     if out and not pathlib.Path(out).absolute().parent.is_dir():
@@ -475,6 +485,8 @@ def main(what: str = "all", config: str = TINY, rounds: int = 5, compiled: bool 
             "decode": lambda: decode(recipe, rounds),
             "data": lambda: data(rounds),
             "prepare": lambda: prepare(rounds),
+            "chameleon": lambda: of_chameleon("small", rounds),
+            "chameleon-7b": lambda: of_chameleon("big", rounds),
         }[part]()
         print(table(found), flush=True)
         rows += found
@@ -486,7 +498,7 @@ def main(what: str = "all", config: str = TINY, rounds: int = 5, compiled: bool 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m cm3jax.bench")
-    parser.add_argument("what", nargs="?", default="all", choices=[*PARTS, "all"])
+    parser.add_argument("what", nargs="?", default="all", choices=[*PARTS, *CHAMELEON, "all"])
     parser.add_argument("--config", default=TINY)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true")

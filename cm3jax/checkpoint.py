@@ -87,7 +87,7 @@ class Saver:
             try:
                 self.writer.wait_until_finished()
                 if hosts.lead():
-                    size = _commit(self.directory / str(step))
+                    size = commit(self.directory / str(step))
                     self.say(f"step {step}: checkpoint committed, {size:,} bytes in {time.monotonic() - begun:.1f} s")
                     for old in steps(self.directory.parent)[: -self.keep] if self.keep else []:
                         _remove(self.directory / str(old))
@@ -100,13 +100,18 @@ class Saver:
 
 def open(folder, keep: int = 2, say: Callable[[str], Any] = lambda line: None) -> Saver:
     """Return what writes and reads FOLDER/checkpoints, which this creates; the latest `keep` are kept (0: all)."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every save in ten lines
+    quiet()
     path = pathlib.Path(folder).absolute() / "checkpoints"
     path.mkdir(parents=True, exist_ok=True)
     if hosts.lead():
         for partial in path.glob(f"*{UNFINISHED}*"):
             shutil.rmtree(partial)
     return Saver(path, keep, say)
+
+
+def quiet() -> None:
+    """Keep orbax from telling every save in ten lines."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def save(saver: Saver, step: int, state, meta: dict[str, Any]) -> None:
@@ -300,7 +305,7 @@ def check(saver: Saver, step: int) -> None:
     saver.whole.add(step)
 
 
-def _commit(path: pathlib.Path) -> int:
+def commit(path: pathlib.Path) -> int:
     """Write the manifest of a checkpoint's folder, in one step; return the bytes of all its files."""
     names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:

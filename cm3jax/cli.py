@@ -26,8 +26,10 @@ from cm3jax.types import UserError
 
 MASK = "<mask>"  # sample.generate's, which would load jax
 PUBLISHED = "published"
+IMPORTED = "imported.json"  # foreign.ABOUT, which would load jax
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
 FeatureName = Literal["edges", "segmentation", "hed", "pose", "depth", "normals", "scribble"]
+Benchmark = Literal["all", "train", "decode", "data", "prepare", "chameleon", "chameleon-7b"]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
 
 
@@ -54,6 +56,11 @@ class Prepare:
             raise UserError(f"--source {self.prepare.source}: the source stands first: cm3jax prepare SOURCE OUT")
         settings = dataclasses.replace(self.prepare, source=self.source)
         recipe = Recipe(name=pathlib.Path(self.out).resolve().name, prepare=settings)
+        if (pathlib.Path(self.out) / IMPORTED).is_file():  # keeps what the import decided
+            recipe = run_recipe(self.out)
+            if settings.resolution == configs.Prepare().resolution:
+                settings = dataclasses.replace(settings, resolution=recipe.prepare.resolution)
+            recipe = dataclasses.replace(recipe, prepare=settings)
         make(recipe, self.out, "prepare", self)
 
 
@@ -62,6 +69,10 @@ class Train:
     """Train one stage on the results of the earlier stages of a run.
 
     Ctrl-C saves, and the same command continues.
+
+    An imported model, once pictures are prepared and encoded in its folder, is trained further in a folder of its own:
+
+    cm3jax train RUN/recipe.json --inputs RUN --out NEW --decoder.start RUN --decoder.trainable image_head
     """
 
     config: Positional[Annotated[str, arg(metavar="CONFIG")]]
@@ -167,12 +178,15 @@ class Generate:
 
     The sampling flags start from the setting that the run's evaluation chose. With --documents, or where the evaluation
     chose some, documents of the run's memory bank are shown before each caption, and their keys are printed.
+
+    cm3jax generate RUN "How does a chameleon hunt?" photo.jpg "Draw each step." --interleaved
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Run folder with text/, image/ and decoder/."""
     prompts: Positional[Annotated[tuple[str, ...], arg(metavar="PROMPT")]]
-    """Captions, such as "a large red circle top left, on white"."""
+    """Captions, such as "a large red circle top left, on white". With --interleaved the parts of one document in their
+    order, texts and picture files."""
     count: int = 1
     """Pictures of each."""
     seed: int = 0
@@ -184,10 +198,19 @@ class Generate:
     """Documents shown before each caption; -1: as many as the run's evaluation chose."""
     candidates: int = 1
     """Pictures drawn for each that is kept; the run's retriever picks the one nearest to the caption."""
+    interleaved: bool = False
+    """Continue the document that the PROMPTs begin with text and pictures, and write it as a page: Markdown, and PNG
+    files beside it. To a model of Chameleon's form they are a request, which it answers."""
+    parts: int = 4
+    """--interleaved: new texts and pictures at most; for a model of Chameleon's form pictures, with text between."""
+    max_text: int = 96
+    """--interleaved: longest new text, in tokens."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
         run = folder(self.run)
+        if self.interleaved:
+            return self.write_pages(run)
         prompts = [prompt for prompt in self.prompts for _ in range(positive("count", self.count))]
         if not prompts:
             raise UserError(
@@ -210,6 +233,25 @@ class Generate:
             print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, how))
             tell(found[i], count)
 
+    def write_pages(self, run: pathlib.Path) -> None:
+        """Write --count documents that begin with the prompts; the seed of each is one above that of the one before."""
+        from cm3jax import pages, png
+
+        count, max_text = positive("count", self.count), positive("max_text", self.max_text)
+        if self.documents > 0 or self.candidates != 1:
+            raise UserError("--interleaved: neither --documents nor --candidates go with it; leave them out")
+        if self.parts < 0:
+            raise UserError(f"--parts = {self.parts}: must be at least 0")
+        seeds = [seeded(self.seed + i) for i in range(count)]
+        parts = [png.read(prompt) if looks_like_a_file(prompt) else stated(prompt) for prompt in self.prompts]
+        from cm3jax.sample import generate
+
+        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        for seed in seeds:
+            found = generator.continue_document(parts, self.parts, seed, self.sampling, max_text, closed=True)
+            name = " ".join(self.prompts) or "document"
+            print(pages.write(self.out or run / "generated", found, name, seed, 0, self.sampling))
+
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
@@ -226,6 +268,8 @@ class Caption:
     """Longest caption, in tokens."""
     documents: int = -1
     """Documents of the run's memory bank shown before each picture; -1: as many as the run's evaluation chose."""
+    request: str = ""
+    """What a model of Chameleon's form is asked of each picture; "": form.request of the run's recipe."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -239,6 +283,8 @@ class Caption:
         from cm3jax.sample import generate, recall
 
         generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        if self.request:
+            generator = generator.asking(self.request)
         memory, _ = remembered(run, self.batch, count)
         texts, found = recall.write(generator, pictures, seeded(self.seed), self.sampling, max_text, memory, count)
         for path, text, shown in zip(self.pictures, texts, found, strict=True):
@@ -505,8 +551,8 @@ def seeded(value: int) -> int:
 def refuse_idle(verb: str, recipe: Recipe, default: Recipe, own: tuple[str, ...]) -> None:
     """Raise UserError for a flag that does nothing: one of a stage whose result is taken as it is on disk."""
     given, unset = stages.flatten(configs.to_json(recipe)), stages.flatten(configs.to_json(default))
-    for name in given:
-        if name.partition(".")[0] not in own and given[name] != unset.get(name):
+    for name in given | unset:
+        if name.partition(".")[0] not in own and given.get(name) != unset.get(name):
             raise UserError(
                 f"--{name}: does nothing here, as {verb} takes the other stages' results as they are; what it listens"
                 f" to: {', '.join(f'--{section}.*' if section != 'name' else '--name' for section in own)}"
@@ -668,8 +714,9 @@ class Tabulate:
 class Bench:
     """Measure training, decoding, making batches and preparing pictures on this machine."""
 
-    what: Positional[Annotated[Literal["all", "train", "decode", "data", "prepare"], arg(metavar="WHAT")]] = "all"
-    """all, train, decode, data or prepare."""
+    what: Positional[Annotated[Benchmark, arg(metavar="WHAT")]] = "all"
+    """all (train, decode, data, prepare), one of these, chameleon (against transformers) or chameleon-7b (on a GPU or
+    TPU)."""
     config: str = "configs/cm3leon/tiny.py"
     """Recipe whose decoder is measured."""
     rounds: int = 5
@@ -695,7 +742,7 @@ class Plan:
     """
 
     config: Positional[Annotated[str, arg(metavar="RECIPE")]]
-    """Recipe file; the flags below change single settings. "published": the method on runs of others."""
+    """Recipe file or run folder; the flags below change single settings. "published": the method on runs of others."""
     topology: str = "v5e-256"
     """Slice, as users name it (v5p-128), as the compiler does (v5p:4x4x4), or both (v5p-128=v5p:4x4x4)."""
     slices: int = 1
@@ -737,6 +784,67 @@ class Tasks:
 
 
 @dataclasses.dataclass(frozen=True)
+class Import:
+    """Bring a released checkpoint into a run folder: Chameleon, Anole, Lumina-mGPT, an image tokenizer, CLIP.
+
+    cm3jax import chameleon-7b runs/chameleon
+
+    cm3jax import vqgan.ckpt runs/taming --hash 5e2f...
+
+    What it is follows from its content. Nothing in a file is ever executed, and nothing is written unless all of it
+    fits. The run folder then works with every verb.
+    """
+
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]]
+    """Folder of a checkpoint (Hugging Face's layout or Meta's), or a file of an image tokenizer."""
+    out: Positional[Annotated[str, arg(metavar="OUT")]]
+    """Run folder to write; must not be there."""
+    tokenizer: str = ""
+    """The text tokenizer's file, or a folder that has it; "": in SOURCE."""
+    image: str = ""
+    """The image tokenizer's file, or a folder that has it (Hugging Face's Chameleon has no image decoder, Meta's
+    vqgan.ckpt has); "": in SOURCE."""
+    resolution: int = 0
+    """Pixels of a side of the image tokenizer's pictures; 0: as the files say, or what is known of published ones."""
+    pinned: Annotated[str, arg(name="hash")] = ""
+    """SHA-256 that the files must have, as an import prints it; "": any."""
+    dry_run: bool = False
+    """Find a place for every tensor, read none and write nothing. With --hash the files are read once, for it."""
+
+    def __call__(self):
+        from cm3jax import foreign
+
+        foreign.bring(self.source, self.out, self.tokenizer, self.image, self.resolution, self.pinned, self.dry_run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a run's weights into files for others: a folder that transformers loads, or plain safetensors.
+
+    cm3jax export runs/chameleon chameleon-hf --to hf
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder, trained here or imported."""
+    out: Positional[Annotated[str, arg(metavar="OUT")]]
+    """Folder to write; must not be there."""
+    to: Literal["hf", "safetensors"] = "safetensors"
+    """hf: Hugging Face's layout of Chameleon, for decoders of that form; safetensors: every part of any run, named as
+    cm3jax/interop/plain.py says, which import reads again."""
+    step: int = -1
+    """Checkpoint of the decoder; -1: the one that the run's evaluation chose, else the latest."""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Type of the weights; "": as they are stored."""
+
+    def __call__(self):
+        from cm3jax import foreign
+
+        run = folder(self.run)
+        step = chosen_checkpoint(run) if self.step < 0 else self.step
+        foreign.send(run, self.out, self.to, step, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Show versions, devices, memory and disk, what is missing and how to get it."""
 
@@ -764,6 +872,8 @@ VERBS = {
     "tasks": Tasks,
     "score": Score,
     "tabulate": Tabulate,
+    "import": Import,
+    "export": Export,
     "plan": Plan,
     "bench": Bench,
     "doctor": Doctor,
@@ -940,12 +1050,15 @@ def defaults(verb: str, argv: list[str]):
         return flags.blank(cls, sampling=chosen(folder(argv[0]), verb))
     if argv[0] == PUBLISHED and verb == "plan":
         return flags.blank(cls)
-    return flags.blank(cls, recipe=run_recipe(argv[0]) if RECIPES[verb] == "RUN" else configs.load(argv[0]))
+    of_a_run = RECIPES[verb] == "RUN" or pathlib.Path(argv[0]).is_dir()
+    return flags.blank(cls, recipe=run_recipe(argv[0]) if of_a_run else configs.load(argv[0]))
 
 
 def chosen(run: pathlib.Path, verb: str) -> Sampling:
     """Return the setting that the run's evaluation chose for what a verb does; the plain one before an evaluation."""
-    plain = Sampling(temperature=0.0) if SAMPLED[verb] == "image_to_text" else Sampling()
+    recipe = run / "recipe.json"
+    form = configs.load(recipe).form.kind if recipe.is_file() else "cm3leon"
+    plain = Sampling(temperature=0.0) if SAMPLED[verb] == "image_to_text" else configs.PLAIN[form]
     return reported(
         run,
         lambda report: configs.from_json(

@@ -16,7 +16,7 @@ import typing
 from typing import Any, Literal
 
 from cm3jax.types import UserError
-from cm3jax.vocab import Vocab
+from cm3jax.vocab import EOD, Vocab
 
 SEEDS = 2**32
 """Seeds lie below this: what every generator of random numbers in use takes."""
@@ -30,6 +30,16 @@ def within(config, where: str, low: float | int, high: float | int, *names: str)
             limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"{where}.{name} = {value}: must be {limits}")
 
+
+def later(default) -> Any:
+    """Return a field that came after runs had been made with its dataclass.
+
+    At its default it is in no JSON, and so in no digest: what was made before it existed is not stale, and continues.
+    """
+    return dataclasses.field(default=default, metadata={LATER: True})
+
+
+LATER = "later"
 
 # --------------------------------------------------------------------------------------------- shared by every training
 
@@ -139,6 +149,24 @@ class Hosts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Form:
+    """How a document is written in ids; an import sets it, and what trains on its tokens keeps it."""
+
+    kind: Literal["cm3leon", "chameleon"] = "cm3leon"
+    """cm3leon: parts joined by <break>, masked spans behind them. chameleon (arXiv 2405.09818): text and pictures as
+    they come, each picture between <break> and <eoss>; no masks."""
+    begin: int = 0
+    """chameleon: id of <s>, which opens every document."""
+    turn: int = 0
+    """chameleon: id of the end of turn, which closes a request and an answer."""
+    pair: Literal["plain", "turn"] = "plain"
+    """chameleon: what stands between a caption and its picture: nothing, or the end of turn, as where a model was tuned
+    to draw on request."""
+    request: str = "Describe the picture."
+    """chameleon: what is asked of a picture, behind it, to have a caption (ours)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Prepare:
     """Decode and crop a source into records of one size."""
 
@@ -220,14 +248,34 @@ class VQGAN:
     """Decay of codebook updates by moving averages; 0: by gradient."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters are float32."""
+    latents: int = 0
+    """Channels that the encoder ends and the decoder begins with, before and behind the codes' own two convolutions;
+    0: z. Published codes of few dimensions (LlamaGen's 8) lie between 256."""
+    quantizer: Literal["nearest", "cosine", "argmax"] = "nearest"
+    """nearest: the code at the least distance. For imported weights only: cosine: the same, latents and codes scaled to
+    length 1 at each use (LlamaGen); argmax: the code of the highest score by one more convolution (DALL-E's and
+    taming's Gumbel softmax, without its noise)."""
+    shortcut_kernel: int = 1
+    """Of the convolution beside a residual block that changes the channels: 1 or 3."""
+    decoder: bool = True
+    """False: pictures become codes, and codes no pictures, as in Chameleon's own files. For imported weights only."""
 
     def __post_init__(self):
         within(self, "image.model", 1, math.inf, "patch", "width", "z")
-        within(self, "image.model", 0, math.inf, "encoder_blocks", "decoder_blocks", "groups")
+        within(self, "image.model", 0, math.inf, "encoder_blocks", "decoder_blocks", "groups", "latents")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"image.model.multipliers = {self.multipliers}: must be one or more numbers from 1 on")
         if self.encoder_kernel not in (1, 3):
             raise ValueError(f"image.model.encoder_kernel = {self.encoder_kernel}: must be 1 or 3")
+        if self.shortcut_kernel not in (1, self.encoder_kernel):
+            raise ValueError(
+                f"image.model.shortcut_kernel = {self.shortcut_kernel}: must be 1, or 3 where encoder_kernel is 3"
+            )
+        if self.l2_normalise and self.quantizer != "nearest":
+            raise ValueError(
+                f"image.model.quantizer = {self.quantizer!r}: has its own scale; set l2_normalise to False, or take"
+                " 'nearest'"
+            )
         if any(not 0 <= i < len(self.multipliers) for i in self.attention):
             last = len(self.multipliers) - 1
             raise ValueError(f"image.model.attention = {self.attention}: must be indices of multipliers, 0 to {last}")
@@ -530,10 +578,17 @@ class Packing:
     picture: int = 0
     """0: positions count through the row, the paper's. Else the codes of a picture, which then have fixed positions,
     the last of the row (ours, whole only): small models learn sooner what lies where (see `objectives.places`)."""
+    opening: int = later(EOD)
+    """Id before each document; not [eod] only in another form than cm3leon, whose form.begin it then is."""
 
     def __post_init__(self):
         within(self, "packing", 2, math.inf, "length")
-        within(self, "packing", 0, math.inf, "documents", "most_spans")
+        within(self, "packing", 0, math.inf, "documents", "most_spans", "opening")
+        if self.opening != EOD and self.kind == "chop" and not self.isolate:
+            raise ValueError(
+                f"packing.opening = {self.opening}: documents that open with another id than they close with need"
+                " packing.kind whole, or packing.isolate"
+            )
         if self.picture and self.kind != "whole":
             raise ValueError(f"packing.picture = {self.picture}: needs whole pictures; set packing.kind to whole, or 0")
         if not 0 <= self.picture < self.length:
@@ -598,11 +653,21 @@ class DecoderStage:
     eval_mask_seed: int = 0
     """Of order and masks in evaluations, which are the same at every step."""
     mixture: Mixture = Mixture()
+    start: str = later("")
+    """Run folder whose decoder's weights training begins with, one that was imported perhaps; "": random ones."""
+    trainable: Literal["all", "image_head"] = later("all")
+    """image_head: the output layer's rows of image codes alone, as Anole did (arXiv 2407.06135); all else stays as it
+    was, bit for bit. Needs model.tied False."""
 
     def __post_init__(self):
         within(self, "decoder", 0, math.inf, "z_loss")
         within(self, "decoder", 1, math.inf, "loss_chunk")
         within(self, "decoder", 0, SEEDS - 1, "eval_mask_seed")
+        if self.trainable == "image_head" and self.model.tied:
+            raise ValueError(
+                "decoder.trainable = image_head: with decoder.model.tied the output layer's rows are the table's; set"
+                " tied to False"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -619,6 +684,9 @@ class Sampling:
     """Of these, keep the fewest that hold this probability; 1: all."""
     guidance: float = 1.0
     """Classifier-free guidance: logits = uncond + guidance * (cond - uncond); 1 is off."""
+    image_guidance: float = later(-1.0)
+    """Of the pictures in a prompt, beside its text: logits = uncond + image_guidance * (pictures - uncond) + guidance *
+    (all - pictures), a third stream (arXiv 2211.09800 §3.2.1); -1: as guidance, which takes two. Needs method top_p."""
     cd_alpha: float = 0.5
     """CD-K keeps tokens with p >= cd_alpha * (cd_k-th largest p). The paper states no value; 0.5 is public code's."""
     cd_k: int = 4
@@ -632,12 +700,25 @@ class Sampling:
             ("top_k", self.top_k >= 0, "must be 0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1 (all)"),
             ("guidance", self.guidance >= 0, "must be 0 or more (1 is off)"),
+            ("image_guidance", self.image_guidance >= 0 or self.image_guidance == -1, "must be 0 or more, or -1"),
             ("cd_alpha", 0 < self.cd_alpha <= 1, "must be above 0 and at most 1"),
             ("cd_k", self.cd_k >= 1, "must be 1 or more"),
             ("uncond_temperature", self.uncond_temperature > 0, "must be above 0"),
         ):
             if not (good and math.isfinite(getattr(self, name))):
                 raise ValueError(f"sampling.{name} = {getattr(self, name)}: {limit}")
+        if self.image_guidance != -1 and self.method != "top_p":
+            raise ValueError(
+                f"sampling.image_guidance = {self.image_guidance}: needs method top_p, and it is {self.method}; set it"
+                " to -1"
+            )
+
+
+PLAIN = {
+    "cm3leon": Sampling(),
+    "chameleon": Sampling(temperature=0.7, top_p=0.9, guidance=3.0, image_guidance=1.2),
+}
+"""Form of documents -> how pictures are drawn where no evaluation has chosen; Chameleon's is its own code's default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -744,6 +825,7 @@ class Recipe:
     name: str = "unnamed"
     """Of the run; its folder is runs/NAME unless --out says otherwise."""
     vocab: Vocab = Vocab()
+    form: Form = later(Form())
     prepare: Prepare = Prepare()
     text: Text = Text()
     image: Image = Image()
@@ -768,15 +850,40 @@ class Recipe:
                 f"evaluate.candidates = {self.evaluate.candidates}: the retriever picks among them; set retrieve to"
                 " True, or candidates to 1"
             )
+        if self.form.kind == "chameleon":
+            self._check_chameleon()
+        elif self.decoder.packing.opening != EOD:
+            raise ValueError(
+                f"decoder.packing.opening = {self.decoder.packing.opening}: a document of form cm3leon opens with"
+                f" [eod], {EOD}"
+            )
+
+    def _check_chameleon(self):
+        """Raise ValueError for what a document of Chameleon's form has not."""
+        for name in ("begin", "turn"):
+            if not self.vocab.is_text(value := getattr(self.form, name)):
+                raise ValueError(
+                    f"form.{name} = {value}: must be an id of the vocabulary's text, {self.vocab.text_start} to"
+                    f" {self.vocab.image_start - 1}"
+                )
+        for name, found, wanted in (
+            ("decoder.packing.opening", self.decoder.packing.opening, self.form.begin),
+            ("decoder.packing.picture", self.decoder.packing.picture, 0),
+            ("decoder.mask.spans", self.decoder.mask.spans, 0),
+            ("retrieve", self.retrieve, False),
+        ):
+            if found != wanted:
+                raise ValueError(f"{name} = {found}: must be {wanted} where documents are of form chameleon")
 
 
 # -------------------------------------------------------------------------------------------------------- JSON, hashes
 
 
 def to_json(config) -> Any:
-    """Return a dataclass as plain JSON types."""
+    """Return a dataclass as plain JSON types; fields from `later` are left out at their default."""
     if dataclasses.is_dataclass(config):
-        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        fields = {f: getattr(config, f.name) for f in dataclasses.fields(config)}
+        return {f.name: to_json(x) for f, x in fields.items() if not (LATER in f.metadata and x == f.default)}
     if isinstance(config, (tuple, list)):
         return [to_json(x) for x in config]
     return config
@@ -815,6 +922,24 @@ def from_json(cls, data, where: str = ""):
     if not isinstance(data, cls) or (cls is not bool and isinstance(data, bool)):
         raise UserError(f"{where} = {json.dumps(data)}: expected {cls.__name__}")
     return data
+
+
+def settle(old, new, kind) -> Any:
+    """Return JSON `old` with those fields of dataclass `kind` that it lacks and `new` has at their defaults.
+
+    What was made before a setting existed was made as its default does it: the two are the same.
+    """
+    if dataclasses.is_dataclass(kind) and isinstance(old, dict) and isinstance(new, dict):
+        found, hints = dict(old), typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if field.name in old and field.name in new:
+                found[field.name] = settle(old[field.name], new[field.name], hints[field.name])
+            elif field.name in new and new[field.name] == (default := to_json(field.default)):
+                found[field.name] = default
+        return found
+    if typing.get_origin(kind) is tuple and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [settle(a, b, typing.get_args(kind)[0]) for a, b in zip(old, new, strict=True)]
+    return old
 
 
 def digest(*things) -> str:

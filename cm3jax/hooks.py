@@ -22,13 +22,12 @@ def drawings(recipe: Recipe, run: pathlib.Path) -> Callable[[Any, int], None]:
     from cm3jax.train import lm
 
     model = lm.model(recipe.decoder, recipe.vocab)
-    tokenizers = text.Tokenizer(run / "text" / "tokenizer.model"), image.load(run / "image")
+    tokenizers = text.load(run / "text"), image.load(run / "image")
     prompts = captions(run / "prepared")
 
     def draw(state, step: int) -> None:
         params = state.extra.get("ema", state.params)
-        picture = recipe.decoder.packing.picture
-        generator = generate.Generator(model, params, recipe.vocab, *tokenizers, COUNT, picture)
+        generator = generate.of(recipe, model, params, *tokenizers, COUNT)
         pictures = generator.text_to_image(prompts, sampling=recipe.evaluate.draw[0])
         save(run / "decoder", "samples", step, [pictures])
 

@@ -52,10 +52,19 @@ def write(folder, picture: np.ndarray, prompt: str, seed: int, index: int, setti
     Raises:
       UserError: if it cannot be written there.
     """
-    folder = pathlib.Path(folder)
+    made = prompt, seed, index, settings
+    return save(pathlib.Path(folder) / f"{stem(*made)}.png", picture, fields(*made))
+
+
+def stem(prompt: str, seed: int, index: int, settings: Any) -> str:
+    """Return the name, without its ending, of what was made so."""
     slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "picture"
-    path = folder / f"{slug}-{seed}-{index}-{config.digest(prompt, settings)[:6]}.png"
-    fields = PngImagePlugin.PngInfo()
+    return f"{slug}-{seed}-{index}-{config.digest(prompt, settings)[:6]}"
+
+
+def fields(prompt: str, seed: int, index: int, settings: Any) -> PngImagePlugin.PngInfo:
+    """Return the text fields of a picture's file."""
+    found = PngImagePlugin.PngInfo()
     values = {
         "prompt": prompt,
         "seed": str(seed),
@@ -63,5 +72,5 @@ def write(folder, picture: np.ndarray, prompt: str, seed: int, index: int, setti
         "settings": json.dumps(config.to_json(settings)),
     }
     for name, value in {**values, "Software": "cm3jax"}.items():
-        fields.add_itxt(name, value)
-    return save(path, picture, fields)
+        found.add_itxt(name, value)
+    return found

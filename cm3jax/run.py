@@ -20,6 +20,7 @@ from typing import Any
 from cm3jax import config, hosts, stages
 from cm3jax.config import Recipe
 from cm3jax.types import UserError
+from cm3jax.vocab import EOD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,12 @@ def settings(section: str, *vocab: str) -> Callable[[Recipe], dict[str, Any]]:
         return {section: config.to_json(getattr(recipe, section))} | ({"vocab": sizes} if sizes else {})
 
     return take
+
+
+def token_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what token shards depend on: also the form of documents, if that is not CM3Leon's."""
+    form = {} if recipe.form == config.Form() else {"form": config.to_json(recipe.form)}
+    return settings("tokens", "text", "image")(recipe) | form
 
 
 # ------------------------------------------------------------------------------------------------------------ the calls
@@ -103,6 +110,7 @@ def image(recipe: Recipe, run: pathlib.Path) -> None:
         hooks=sampled(stage.training, hooks.reconstructions, recipe, run),
         name="image",
         meta={"data": stages.read(prepared).result, "model": config.to_json(stage.model)},
+        defaults={"model": config.to_json(config.VQGAN())},
     )
     weights = hosts.whole(vqgan.averaged(state))
     if hosts.lead():
@@ -132,7 +140,7 @@ def encode_shards(recipe: Recipe, run: pathlib.Path, host: int, hosts: int) -> N
     if not encode.missing(prepared, out, host, hosts):
         return
     batch = -(-recipe.tokens.batch // len(devices)) * len(devices)
-    tokenizer, pictures = text.Tokenizer(run / "text" / "tokenizer.model"), image.load(run / "image", batch, devices)
+    tokenizer, pictures = text.load(run / "text"), image.load(run / "image", batch, devices)
     count = 0
 
     def codes(found):
@@ -142,7 +150,7 @@ def encode_shards(recipe: Recipe, run: pathlib.Path, host: int, hosts: int) -> N
 
     pictures.encode(np.zeros((1, *(pictures.resolution,) * 2, 3), np.uint8))  # compiles, which no rate should count
     start = time.monotonic()
-    arguments = prepared, out, codes, tokenizer, recipe.vocab, batch, host, hosts, recipe.tokens.workers
+    arguments = prepared, out, codes, tokenizer, recipe.vocab, batch, host, hosts, recipe.tokens.workers, recipe.form
     encode.encode(*arguments)
     rate = count / (time.monotonic() - start)
     chips = f"{rate / len(devices):.1f} per chip ({len(devices)} x {devices[0].device_kind})"
@@ -179,6 +187,7 @@ def retriever(recipe: Recipe, run: pathlib.Path) -> None:
         run / "retriever",
         name="retriever",
         meta={"data": stages.read(prepared).result, "model": config.to_json(stage.model)},
+        defaults={"model": config.to_json(config.CLIP())},
     )
     weights = hosts.whole(clip.averaged(state))
     if hosts.lead():
@@ -260,7 +269,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     """Token shards -> decoder/."""
     import jax
 
-    from cm3jax import hooks
+    from cm3jax import checkpoint, hooks
     from cm3jax.data import index, mixing, paths, pipeline, retrieved
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
@@ -291,6 +300,9 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": model}
     resolved = lm.resolve(stage, device := jax.devices()[0])
     say(f"decoder: attention by {resolved.model.attention} on {device.device_kind}")
+    start = pathlib.Path(stage.start) / STAGES["decoder"].output
+    if stage.start:
+        say(f"decoder: begins with the weights in {start}")
     loop.train(
         lm.task(resolved, vocab),
         lambda step: pipeline.batches(run / "tokens", "train", stage, vocab, step, *host, source),
@@ -302,6 +314,8 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         hooks=sampled(stage.training, hooks.drawings, recipe, run),
         name="decoder",
         meta=meta,
+        defaults={"model": config.to_json(config.Decoder())},
+        weights=(lambda target: checkpoint.load_params(start, target=target)) if stage.start else None,
     )
 
 
@@ -347,7 +361,7 @@ STAGES = {
         Stage("prepare", "prepared", (), settings("prepare"), prepare),
         Stage("text", "text", ("prepare",), settings("text", "text"), text),
         Stage("image", "image", ("prepare",), settings("image", "image"), image),
-        Stage("tokens", "tokens", ("prepare", "text", "image"), settings("tokens", "text", "image"), tokens),
+        Stage("tokens", "tokens", ("prepare", "text", "image"), token_settings, tokens),
         Stage("retriever", "retriever", ("prepare", "text"), settings("retriever"), retriever, retrieves),
         Stage("bank", "bank", ("prepare", "retriever"), settings("bank"), bank, retrieves),
         Stage(
@@ -465,11 +479,31 @@ def refuse_misfits(recipe: Recipe, names: list[str]) -> None:
         )
     if "retriever" in names and recipe.retriever.weights:
         refuse_weights(recipe.retriever)
+    if "decoder" in names and recipe.decoder.start:
+        refuse_start(recipe)
     codes, packing = (side // factor) ** 2, recipe.decoder.packing
     if "decoder" in names and packing.kind == "whole" and packing.length < codes + LEAST_AROUND:
         raise UserError(
             f"decoder.packing.length = {packing.length}: no row holds a picture of {codes} codes and a caption; set it"
             f" to {codes + LEAST_AROUND} and some room for text and markers"
+        )
+
+
+def refuse_start(recipe: Recipe) -> None:
+    """Raise UserError unless the run whose decoder training begins with is there, and of the same network."""
+    from cm3jax import checkpoint
+
+    where, start = f"decoder.start = {recipe.decoder.start}", pathlib.Path(recipe.decoder.start)
+    if not (start / "recipe.json").is_file() or not checkpoint.steps(start / STAGES["decoder"].output):
+        raise UserError(f"{where}: no run folder with a decoder; give one that was trained or imported")
+    known, own = config.load(start / "recipe.json"), recipe
+    pairs = [(config.to_json(r.decoder.model) | config.to_json(r.vocab), r) for r in (known, own)]
+    kept = {"attention", "remat", "dtype"}  # how the same weights are computed with
+    if odd := [name for name, value in pairs[0][0].items() if name not in kept and pairs[1][0].get(name) != value]:
+        theirs, ours = (settings.get(odd[0]) for settings, _ in pairs)
+        raise UserError(
+            f"{where}: its {odd[0]} is {theirs!r}, this recipe's {ours!r}; train with {start / 'recipe.json'} as the"
+            " config"
         )
 
 
@@ -510,7 +544,10 @@ def again(name: str, only: str) -> str:
 def refuse_changes(stage: Stage, recipe: Recipe, folder: pathlib.Path, how: str) -> None:
     """Raise UserError if the recipe differs from what the stage on disk was made with."""
     record = stages.read(stage.folder(folder))
-    changed = stages.differences(record.config, stage.settings(recipe)) if record else []
+    now = stage.settings(recipe)
+    if record and record.imported:  # knows of nothing but what the import decided
+        now = stages.common(record.config, now)
+    changed = stages.differences(record.config, now) if record else []
     if changed:
         raise UserError(
             f"{stage.folder(folder)}: {stages.describe(changed)}; set it back, make the stage and what follows"
@@ -524,7 +561,8 @@ def fitting_inputs(stage: Stage, recipe: Recipe, folder: pathlib.Path, how: str)
     Raises:
       UserError: if they are not those that it was begun with.
     """
-    now, record = inputs(stage, recipe, folder), stages.read(stage.folder(folder))
+    record = stages.read(stage.folder(folder))
+    now = {} if record and record.imported else inputs(stage, recipe, folder)
     if record and record.inputs != now:
         changed = ", ".join(sorted(k for k in {**now, **record.inputs} if now.get(k) != record.inputs.get(k)))
         raise UserError(
@@ -585,7 +623,9 @@ def bring(stage: Stage, recipe: Recipe, folder: pathlib.Path, title: str, how: s
     """
     now, record = fitting_inputs(stage, recipe, folder, how), stages.read(stage.folder(folder))
     if record and record.complete and not (fault := stages.missing(folder, record)):
-        return say(f"{title}: up to date")
+        return say(f"{title}: {f'imported from {record.imported}' if record.imported else 'up to date'}")
+    if record and record.imported:
+        raise UserError(f"{folder}: {fault}; import it again from {record.imported}")
     if record:
         say(f"{title}: {fault if record.complete else 'was interrupted'}; continues after {record.seconds:.0f} s")
     else:
@@ -703,7 +743,8 @@ def adopt(recipe: Recipe, folder, stage: str) -> Recipe:
     """Return the recipe with the settings of all earlier stages as they are on disk in `folder`.
 
     Raises:
-      UserError: if the recipe's vocabulary is not the one that those stages were made with.
+      UserError: if the recipe's vocabulary is not the one that those stages were made with, or its settings do not go
+        with the form of their documents.
     """
     for name in STAGES[stage].inputs:
         recipe = adopt(recipe, folder, name)
@@ -716,9 +757,23 @@ def adopt(recipe: Recipe, folder, stage: str) -> Recipe:
                     f"vocab.{size} = {getattr(recipe.vocab, size)}, but {folder} was made with {value};"
                     f" add --vocab.{size} {value}"
                 )
-        section = type(getattr(recipe, name))
-        recipe = dataclasses.replace(recipe, **{name: config.from_json(section, record.config[name], name)})
+        taken = {}
+        if name in record.config:  # an imported text tokenizer has no settings
+            taken[name] = config.from_json(type(getattr(recipe, name)), record.config[name], name)
+        if name == "tokens":
+            taken |= form_of(record.config, recipe)
+        try:
+            recipe = dataclasses.replace(recipe, **taken)
+        except ValueError as e:
+            raise UserError(f"{folder}: {e}") from None
     return recipe
+
+
+def form_of(settings: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the form of documents that token shards with these settings have, and the decoder's with its opening."""
+    form = config.from_json(config.Form, settings.get("form", {}), "form")
+    packing = dataclasses.replace(recipe.decoder.packing, opening=form.begin if form.kind == "chameleon" else EOD)
+    return {"form": form, "decoder": dataclasses.replace(recipe.decoder, packing=packing)}
 
 
 def link(stage: str, source: pathlib.Path, folder: pathlib.Path) -> None:

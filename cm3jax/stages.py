@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from cm3jax import config
 from cm3jax.types import UserError
 
 FILE = "stage.json"
@@ -51,6 +52,8 @@ class Record:
     """Wall-clock time, added up over interruptions."""
     peak_memory_gib: float = 0.0
     """Largest resident memory of the process and its children together; shared pages count once per process."""
+    imported: str = ""
+    """What it was imported from; it has no inputs then, and `config` only what the import decides."""
 
 
 def read(folder: pathlib.Path) -> Record | None:
@@ -103,10 +106,20 @@ def flatten(settings, where: str = "") -> dict[str, Any]:
 
 
 def differences(old, new) -> list[tuple[str, Any, Any]]:
-    """Return (field, old value, new value) of every significant setting that differs; an absent one is "(absent)"."""
-    old, new = flatten(significant(old)), flatten(significant(new))
+    """Return (field, old value, new value) of every significant setting that differs; an absent one is "(absent)".
+
+    A setting that the old ones lack, since the program had no such setting then, and that now has its default, is none.
+    """
+    old, new = flatten(significant(config.settle(old, new, config.Recipe))), flatten(significant(new))
     pairs = [(name, old.get(name, "(absent)"), new.get(name, "(absent)")) for name in {**old, **new}]
     return [(name, a, b) for name, a, b in pairs if a != b]
+
+
+def common(old, new):
+    """Return `new` without the settings that `old` has not."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return {k: common(old[k], v) for k, v in new.items() if k in old}
 
 
 def describe(changed: list[tuple[str, Any, Any]]) -> str:

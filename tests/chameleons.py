@@ -5,6 +5,9 @@ import numpy as np
 from cm3jax.interop import chameleon, chameleon_vocab
 
 ROWS, CODES = 131, 37
+ROWS_WITH_BYTES = 352
+"""Room for an entry of every byte."""
+MARKERS = ("<s>", "<pad>", "</s>", "<unk>", "<eoss>", "<racm3:break>", "<image>")
 CONFIGS = {
     "as many groups as heads": {},
     "grouped queries": {"num_key_value_heads": 2},
@@ -64,4 +67,51 @@ def random_tensors(settings, dtype=np.float32, seed=0):
     return {
         name: (0.3 * draw.standard_normal(leaf.theirs) + ("norm.weight" in name)).astype(dtype)
         for name, leaf in shapes.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def words(rows=ROWS_WITH_BYTES, codes=CODES, seed=0):
+    """Return the content of a tokenizer.json as the released ones are: BPE with bytes, markers among its entries.
+
+    Ids are thrown together and three have no entry.
+    """
+    names = vocabulary(rows, codes, seed)
+    free = [name for name in names if name.startswith("word")]
+    letters = [f"<0x{i:02X}>" for i in range(256)] + [*"\u2581abcdefghijklmnopqrstuvwxyz", "ca", "cat", "\u2581cat"]
+    for name, new in zip(free, letters, strict=False):
+        names[new] = names.pop(name)
+    assert "\u2581cat" in names, "more rows are needed"
+    names = {name: i for name, i in names.items() if not name.startswith("word")}
+    added = [name for name in names if name.startswith(("IMGIMG", "<reserved")) or name in MARKERS]
+    return {
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0},
+        "padding": None,
+        "added_tokens": [
+            {"id": names[name], "content": name, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for name in sorted(added, key=names.get)
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": names,
+            "merges": [["c", "a"], ["ca", "t"], ["\u2581", "cat"]],
+            "byte_fallback": True,
+            "fuse_unk": False,
+            "unk_token": "<unk>",
+        },
     }

@@ -195,7 +195,10 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsy
 
 
 def test_unknown_benchmarks_and_rounds_are_named_in_one_line():
-    with pytest.raises(UserError, match="bench speed: no such benchmark; one of train, decode, data, prepare, all"):
+    with pytest.raises(
+        UserError,
+        match="bench speed: no such benchmark; one of train, decode, data, prepare, chameleon, chameleon-7b, all",
+    ):
         bench.main("speed")
     with pytest.raises(UserError, match="rounds = 0: must be at least 1"):
         bench.main("train", rounds=0)

@@ -1,23 +1,34 @@
-"""Imported Chameleons against transformers' own: the same logits and the same ids, in and out again."""
+"""Imported Chameleons against transformers' own: the same logits and the same ids, in and out again.
 
+All that is compared went through the verbs: saved by transformers, in one file and in shards, imported into a run
+folder, and exported from there.
+"""
+
+import atexit
 import functools
+import json
+import pathlib
+import shutil
+import tempfile
 
 import chameleons
+import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from cm3jax import checkpoint, foreign
 from cm3jax import config as configs
-from cm3jax.interop import chameleon
+from cm3jax.interop import chameleon, chameleon_vocab, vqgan
 from cm3jax.nn import decoder
 
 pytestmark = pytest.mark.slow  # transformers takes its time to import
 
 ALL = pytest.mark.parametrize("name", chameleons.CONFIGS)
-PICTURES = {"resolution": 8, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "embed_dim": 8}
-PICTURES |= {"num_embeddings": chameleons.CODES, "latent_channels": 8}
+SHARDED = {"grouped queries", "swin", "tied"}
+"""Saved in several files; the others in one."""
 LENGTH, STEPS = 69, 64
 FEW = -1e30
 
@@ -27,10 +38,10 @@ def theirs(name):
     """Return a Chameleon of transformers' with random weights, and its settings."""
     import transformers
 
-    settings = chameleons.about(**chameleons.CONFIGS[name])
-    model = transformers.ChameleonForConditionalGeneration(
-        transformers.ChameleonConfig(**settings, vq_config=PICTURES)
-    ).eval()
+    changes = {key: value for key, value in chameleons.CONFIGS[name].items() if key != "vocab_size"}
+    settings = checkpoints.settings(**changes)
+    given = {key: value for key, value in settings.items() if key != "model_type"}
+    model = transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(**given)).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, weight in model.named_parameters():
@@ -39,16 +50,23 @@ def theirs(name):
 
 
 @functools.cache
+def run(name):
+    """Return the run folder that the same Chameleon is imported to."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    theirs(name)[0].save_pretrained(folder / "hf", max_shard_size="60KB" if name in SHARDED else "5GB")
+    assert (folder / "hf" / "model.safetensors").is_file() != (name in SHARDED)
+    (folder / "hf" / "tokenizer.json").write_text(json.dumps(chameleons.words()))
+    return foreign.bring(str(folder / "hf"), str(folder / "run"), say=lambda line: None)
+
+
+@functools.cache
 def ours(name):
-    """Return the network, the order and the parameters that the same Chameleon is imported to."""
-    model, settings = theirs(name)
-    network, order = chameleons.opened(model.config.to_dict())
-    assert (network, order.theirs.tolist()) == (
-        chameleon.network(settings),
-        chameleons.opened(settings)[1].theirs.tolist(),
-    )
-    state = {key: x.numpy() for key, x in model.state_dict().items()}
-    return network, order, jax.tree.map(jnp.asarray, chameleon.read(state, network.model, order))
+    """Return the network, the order and the parameters of that run."""
+    recipe, order = configs.load(run(name) / "recipe.json"), chameleon_vocab.load(run(name) / "text" / "order.json")
+    network, wanted = chameleons.opened(theirs(name)[1])
+    assert (recipe.decoder.model, order.theirs.tolist()) == (network.model, wanted.theirs.tolist())
+    return network, order, jax.tree.map(jnp.asarray, checkpoint.load_params(run(name) / "decoder"))
 
 
 def their_logits(model, ids):
@@ -159,16 +177,14 @@ def test_cached_logits_are_uncached_ones(name):
 def test_what_is_exported_loads_in_transformers_with_equal_logits(name):
     import transformers
 
-    model, settings = theirs(name)
-    network, order, params = ours(name)
-    again = chameleon.settings(network.model, network.rows, network.length, settings["vocabulary_map"])
-    fresh = transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(**again, vq_config=PICTURES))
-    state = {key: torch.tensor(x) for key, x in chameleon.tensors(params, network.model, order)}
-    left = fresh.load_state_dict(state, strict=False)
-    assert not left.unexpected_keys
-    assert all(key.startswith(chameleon.IMAGE) or key == "lm_head.weight" for key in left.missing_keys)
-    assert ("lm_head.weight" in left.missing_keys) == network.model.tied
-    ids = some_ids(name)
+    model, ids = theirs(name)[0], some_ids(name)
+    with tempfile.TemporaryDirectory() as folder:
+        out = foreign.send(run(name), f"{folder}/out", "hf", say=lambda line: None)
+        fresh, told = transformers.ChameleonForConditionalGeneration.from_pretrained(
+            out, output_loading_info=True, dtype=torch.float32
+        )
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(x, fresh.state_dict()[key]) for key, x in model.state_dict().items())
     assert np.array_equal(their_logits(fresh.eval(), ids), their_logits(model, ids))
 
 
@@ -176,7 +192,9 @@ def test_the_7b_has_transformers_names_and_shapes():
     import transformers
 
     with torch.device("meta"):
-        settings = transformers.ChameleonConfig(vocabulary_map=chameleons.vocabulary(65536), vq_config=PICTURES)
+        settings = transformers.ChameleonConfig(
+            vocabulary_map=chameleons.vocabulary(65536), vq_config=vqgan.vq_config(checkpoints.PICTURES)
+        )
         state = transformers.ChameleonForConditionalGeneration(settings).state_dict()
     network = chameleon.network(settings.to_diff_dict())
     leaves = chameleon.leaves(network.model, network.rows).values()

@@ -225,7 +225,7 @@ def test_an_error_of_the_background_comes_out_at_the_next_wait(tmp_path, monkeyp
     def fail(path):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "_commit", fail)
+    monkeypatch.setattr(checkpoint, "commit", fail)
     saver = checkpoint.open(tmp_path)
     checkpoint.save(saver, 1, make(), META)
     with pytest.raises(OSError, match="no space left"):

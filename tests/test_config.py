@@ -150,3 +150,17 @@ def test_fixed_places_for_pictures_of_another_size_are_refused():
     base = config.load(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
     with pytest.raises(ValueError, match=r"decoder.packing.picture = 64: a picture of 128 px has 256 codes"):
         dataclasses.replace(base, prepare=dataclasses.replace(base.prepare, resolution=128))
+
+
+def test_a_later_setting_at_its_default_is_in_no_json_and_no_digest():
+    assert "image_guidance" not in config.to_json(config.Sampling()) and "form" not in config.to_json(config.Recipe())
+    before = {"kind": "chop", "length": 4096, "isolate": False, "documents": 0, "most_spans": 8, "picture": 0}
+    assert config.digest(config.Packing()) == config.digest(before)
+    sampling = config.Sampling(guidance=3.0, image_guidance=1.2)
+    assert config.from_json(config.Sampling, config.to_json(sampling)) == sampling
+    assert config.digest(sampling) != config.digest(config.Sampling(guidance=3.0))
+
+
+def test_guidance_of_pictures_apart_needs_top_p():
+    with pytest.raises(ValueError, match="sampling.image_guidance = 1.2: needs method top_p, and it is cd_k"):
+        config.Sampling(method="cd_k", image_guidance=1.2)

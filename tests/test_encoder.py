@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cm3jax import config, run, sharding
+from cm3jax import config, foreign, run, sharding, stages
 from cm3jax.nn import clip
 from cm3jax.retrieval import encoder, weights
 from cm3jax.tokenizers import clip as tokenizers
@@ -278,3 +278,16 @@ def test_a_folder_without_weights_or_config_gives_one_clear_line(found, tmp_path
     (folder / weights.CONFIG).unlink()
     with pytest.raises(UserError, match=r"config.json': no such file; Hugging Face's weights need"):
         weights.load(folder)
+
+
+@pytest.mark.parametrize("layout", [weights.OPENAI, weights.HUGGING_FACE], ids=["openai", "huggingface"])
+def test_import_makes_the_same_retriever_of_published_weights(found, tmp_path, layout):
+    direct = encoder.load(publish(found, tmp_path / "clip", layout), batch=8)
+    out = foreign.bring(str(tmp_path / "clip"), str(tmp_path / "run"), say=lambda line: None)
+    assert encoder.load(out / "retriever", batch=8).identity == direct.identity
+    assert config.load(out / "recipe.json").retriever.model == MODEL
+    assert stages.read(out / "retriever").complete
+    publish(found, tmp_path / "less", layout, lambda tensors: tensors.pop(layout["text/positions"]))
+    with pytest.raises(UserError, match=f"no tensor {layout['text/positions']!r}"):
+        foreign.bring(str(tmp_path / "less"), str(tmp_path / "other"), say=lambda line: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "less", "run"]

@@ -162,6 +162,7 @@ def test_no_prompts_give_no_answers(generator):
         ),
         (lambda g, p: g.image_to_text(p, max_text=0), "max_text = 0: must be at least 1"),
         (lambda g, p: g.continue_document(max_parts=0), "max_parts = 0"),
+        (lambda g, p: g.asking("what?"), "request 'what?': a model of form cm3leon is asked nothing"),
         (lambda g, p: generate.load("nowhere"), "run 'nowhere': no recipe.json there"),
     ],
 )

@@ -78,6 +78,24 @@ def test_a_saved_tokenizer_is_the_same_after_loading(tokenizer, folder):
     np.testing.assert_array_equal(found.decode(found.encode(x)), tokenizer.decode(tokenizer.encode(x)))
 
 
+F16 = configs.VQGAN(multipliers=(1, 1, 2, 2, 4))
+
+
+@pytest.mark.parametrize(
+    "model, side, batch", [(MODEL, SIDE, 64), (F16, 64, 64), (F16, 256, 4), (F16, 512, 1), (F16, 2048, 1)]
+)
+def test_pictures_of_a_call_are_as_many_as_memory_allows(model, side, batch):
+    """A full-size network at 512 pixels with 64 of them would need tens of GB."""
+    assert image.fitting(model, side) == batch
+
+
+def test_a_loaded_tokenizer_takes_as_many_pictures_as_fit(folder, monkeypatch):
+    assert image.load(folder).batch == 64
+    monkeypatch.setattr(image, "LARGEST", 7 * 3 * 3 * 4)
+    assert image.load(folder).batch == 4
+    assert image.load(folder, devices=tuple(jax.local_devices())).batch == 32
+
+
 @pytest.mark.parametrize(
     "x", [pictures(1)[:, :8], pictures(1).astype(np.float32), pictures(1)[0], pictures(1)[..., :1]]
 )

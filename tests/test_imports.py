@@ -22,7 +22,20 @@ FLOORS = [
     {"train", "sample"},
     {"evaluate"},
     {"plan"},
-    {"run", "parts", "report", "curves", "bench", "doctor", "hooks", "png", "flags"},
+    {
+        "run",
+        "parts",
+        "report",
+        "curves",
+        "bench",
+        "bench_chameleon",
+        "doctor",
+        "hooks",
+        "png",
+        "pages",
+        "flags",
+        "foreign",
+    },
     {"cli"},
 ]
 """From the ground up. A module imports only lower floors, its own folder, and single files of its own floor."""
@@ -34,6 +47,7 @@ NO_JAX = [
     "cm3jax.tokenizers.text",
     "cm3jax.tokenizers.document",
     "cm3jax.tokenizers.clip",
+    "cm3jax.tokenizers.turns",
 ]
 NO_JAX += ["cm3jax.objectives.causal_mask", "cm3jax.objectives.places"]
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "transformers", "faiss", "sklearn", "skimage", "matplotlib"}

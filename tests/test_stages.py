@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -5,7 +6,7 @@ import time
 
 import pytest
 
-from cm3jax import stages
+from cm3jax import config, run, stages
 from cm3jax.types import UserError
 
 SETTINGS = {"decoder": {"training": {"steps": 100, "workers": 2, "mesh": {"fsdp": -1}}, "mask": {"spans": 1.0}}}
@@ -52,6 +53,65 @@ def test_a_way_to_compute_attention_may_change_and_where_the_tokenizer_has_atten
 
 def test_a_setting_that_the_record_lacks_counts_as_changed():
     assert stages.differences(SETTINGS, changed(ema=0.5)) == [("decoder.training.ema", "(absent)", 0.5)]
+
+
+def lacking(settings, *names):
+    """Return settings without some fields, as a program wrote them that did not have these."""
+    if isinstance(settings, list):
+        return [lacking(x, *names) for x in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {name: lacking(value, *names) for name, value in settings.items() if name not in names}
+
+
+NEW = ("latents", "quantizer", "shortcut_kernel", "decoder")
+"""Fields of image.model that older records lack."""
+
+
+def test_a_setting_that_the_record_lacks_and_that_has_its_default_is_no_change():
+    recipe = config.load("configs/quickstart.py")
+    for stage in run.STAGES.values():
+        now = stage.settings(recipe)
+        assert stages.differences(now, now) == []
+    now = run.STAGES["image"].settings(recipe)
+    old = {"image": {**now["image"], "model": lacking(now["image"]["model"], *NEW)}, "vocab": now["vocab"]}
+    assert stages.differences(old, now) == []
+    now["image"]["model"] |= {"shortcut_kernel": 3, "width": 40}
+    assert [name for name, _, _ in stages.differences(old, now)] == [
+        "image.model.width",
+        "image.model.shortcut_kernel",
+    ]
+    assert stages.differences(old, now)[1][1:] == ("(absent)", 3)
+
+
+def test_that_holds_for_settings_in_lists_and_for_whole_sections():
+    recipe = config.Recipe()
+    draw = run.STAGES["evaluate"].settings(recipe)
+    assert stages.differences(lacking(draw, "cd_k"), draw) == []
+    other = config.to_json(config.Recipe(evaluate=config.Evaluate(draw=(config.Sampling(cd_k=3),))).evaluate)
+    assert [d[0] for d in stages.differences(lacking({"evaluate": other}, "cd_k"), {"evaluate": other})] == [
+        "evaluate.draw"
+    ]
+    decoder = run.STAGES["decoder"].settings(recipe)
+    assert stages.differences(lacking(decoder, "mixture", "retrieved"), decoder) == []
+
+
+def test_a_setting_that_the_program_no_longer_has_counts_as_changed():
+    now = run.STAGES["image"].settings(config.Recipe())
+    old = {"image": {**now["image"], "gone": 3}, "vocab": now["vocab"]}
+    assert stages.differences(old, now) == [("image.gone", 3, "(absent)")]
+
+
+def test_an_older_runs_stage_is_not_refused_and_one_with_other_settings_is(tmp_path):
+    recipe, stage = config.load("configs/quickstart.py"), run.STAGES["image"]
+    now = stage.settings(recipe)
+    old = {"image": {**now["image"], "model": lacking(now["image"]["model"], *NEW)}, "vocab": now["vocab"]}
+    stages.write(tmp_path / "image", stages.Record(config=old, complete=True))
+    run.refuse_changes(stage, recipe, tmp_path, "--redo image")
+    model = dataclasses.replace(recipe.image.model, latents=9)
+    other = dataclasses.replace(recipe, image=dataclasses.replace(recipe.image, model=model))
+    with pytest.raises(UserError, match=r'image\.model\.latents was "\(absent\)" and is now 9'):
+        run.refuse_changes(stage, other, tmp_path, "--redo image")
 
 
 def test_logs_and_hidden_files_are_no_result(tmp_path):

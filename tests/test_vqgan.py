@@ -129,8 +129,29 @@ def test_every_parameter_has_axis_names_that_the_mesh_accepts():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("attention", (2,)), ("encoder_kernel", 5), ("multipliers", ()), ("z", 0), ("codebook_ema", 1.0)]
-)
+    "field, value", [("attention", (2,)), ("encoder_kernel", 5), ("multipliers", ()), ("z", 0), ("codebook_ema", 1.0),
+     ("latents", -1), ("shortcut_kernel", 2)],
+)  # fmt: skip
 def test_a_wrong_setting_is_named(field, value):
     with pytest.raises(ValueError, match=f"image.model.{field}"):
         small(**{field: value})
+
+
+def test_a_shortcut_of_kernel_three_would_let_a_code_see_more_than_its_patch():
+    with pytest.raises(ValueError, match="shortcut_kernel = 3: must be 1, or 3 where encoder_kernel is 3"):
+        small(encoder_kernel=1, shortcut_kernel=3)
+
+
+def test_codes_have_one_scale_only():
+    with pytest.raises(ValueError, match="image.model.quantizer = 'cosine': has its own scale"):
+        small(quantizer="cosine", l2_normalise=True)
+
+
+def test_the_settings_of_imported_weights_change_nothing_where_they_are_off():
+    """The same parameters under the same names as ever, and `latents` = z is no other network."""
+    names = lambda **changes: abstract(small(patch=8, multipliers=(1,), **changes), 7, 16)  # noqa: E731
+    plain, same = names(), names(latents=3)
+    assert jax.tree.structure(plain) == jax.tree.structure(same) and trees.size(plain) == trees.size(same)
+    assert set(plain) == {"encoder", "decoder", "to_code", "from_code", "last", "codebook"}
+    assert set(names(decoder=False)) == {"encoder", "to_code", "from_code", "codebook"}
+    assert set(names(quantizer="argmax")) == set(plain) | {"scores"}

@@ -289,6 +289,8 @@ def test_without_weights_the_substitute_is_said(caplog):
         ({"object": 1.0}, SIDE, CODES, "image.loss.perceptual_weights"),
         ({"perceptual": 1.0, "perceptual_weights": "/nowhere"}, SIDE, CODES, "'/nowhere': no such file"),
         ({}, SIDE, 70_000, "vocab.image = 70000"),
+        ({"decoder": False}, SIDE, CODES, "image.model.decoder = False: of imported weights only; to train, set it to"),
+        ({"l2_normalise": False, "quantizer": "argmax"}, SIDE, CODES, "image.model.quantizer = 'argmax': of imported"),
     ],
 )
 def test_settings_that_do_not_fit_give_one_clear_line(changes, side, codes, message):

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from cm3jax.config import Form
 from cm3jax.data import index, progress, shards, tokens
-from cm3jax.tokenizers import document, text
+from cm3jax.tokenizers import document, text, turns
 from cm3jax.types import Part, Record
 from cm3jax.vocab import Vocab
 
@@ -31,12 +32,14 @@ def encode(
     host: int = 0,
     hosts: int = 1,
     workers: int = 0,
+    form: Form = Form(),
 ) -> None:
     """Write this host's token shards to `out`: one for each record shard in `prepared` that has none yet.
 
     Args:
       batch: Pictures that go through the image tokenizer at once.
       workers: Processes that read and decode the records ahead; 0: threads of this one.
+      form: How documents are written.
     """
     mine, left = all_shards(prepared)[host::hosts], missing(prepared, out, host, hosts)
     found = shards.files(prepared)
@@ -45,7 +48,7 @@ def encode(
     with progress.bar(len(mine), len(mine) - len(left), "shards", "encode") as bar:
         for (split, i, count), path in zip(left, paths, strict=True):
             own = itertools.islice(stream, shards.count(path))
-            tokens.write(out, split, documents(own, codes, tokenizer, vocab, batch), i, count)
+            tokens.write(out, split, documents(own, codes, tokenizer, vocab, batch, form), i, count)
             bar.update()
     getattr(stream, "close", lambda: None)()
 
@@ -85,9 +88,9 @@ def records(paths: list[pathlib.Path], workers: int) -> Iterator[Record]:
 
 
 def documents(
-    records: Iterable[Record], codes: Codes, tokenizer: text.Tokenizer, vocab: Vocab, batch: int
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield (key, ids, answers) of records.
+    records: Iterable[Record], codes: Codes, tokenizer: text.Tokenizer, vocab: Vocab, batch: int, form: Form = Form()
+) -> Iterator[tuple]:
+    """Yield (key, ids, answers) of records, or (key, ids) of form chameleon, which marks no answers.
 
     At most `batch` pictures, plus those of one record, are tokenized at a time.
     """
@@ -96,20 +99,23 @@ def documents(
         waiting.append(record)
         count += sum(map(is_picture, record.parts))
         if count >= batch:
-            yield from encode_records(waiting, codes, tokenizer, vocab)
+            yield from encode_records(waiting, codes, tokenizer, vocab, form)
             waiting, count = [], 0
-    yield from encode_records(waiting, codes, tokenizer, vocab)
+    yield from encode_records(waiting, codes, tokenizer, vocab, form)
 
 
 def encode_records(
-    records: list[Record], codes: Codes, tokenizer: text.Tokenizer, vocab: Vocab
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield (key, ids, answers) of records whose pictures all go through the image tokenizer at once."""
+    records: list[Record], codes: Codes, tokenizer: text.Tokenizer, vocab: Vocab, form: Form = Form()
+) -> Iterator[tuple]:
+    """Yield what `documents` does of records whose pictures all go through the image tokenizer at once."""
     pictures = [part for record in records for part in record.parts if is_picture(part)]
     drawn = iter(codes(np.stack(pictures)) if pictures else ())
     for record in records:
         parts = [next(drawn) if is_picture(part) else part for part in record.parts]
-        yield record.key, *document.marked(parts, record.regions, tokenizer, vocab)
+        if form.kind == "chameleon":
+            yield record.key, turns.encode(parts, tokenizer, vocab, form)
+        else:
+            yield record.key, *document.marked(parts, record.regions, tokenizer, vocab)
 
 
 def is_picture(part: Part) -> bool:

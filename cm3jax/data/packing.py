@@ -67,7 +67,10 @@ class Plan:
 
 
 def frame(packing: Packing) -> int:
-    """Return the [eod]s that each document costs: `[eod] doc [eod]`, or the plain stream's one separator."""
+    """Return the tokens that each document costs: `[eod] doc [eod]`, or the plain stream's one separator.
+
+    The first one is `packing.opening`, which is [eod] but for documents of another form.
+    """
     return 2 if packing.kind == "whole" or packing.isolate else 1
 
 
@@ -173,12 +176,12 @@ def read(plan: Plan, r: int, tokens: Tokens, packing: Packing) -> tuple[np.ndarr
       retrieved: bool [t], tokens of retrieved documents, with the <break> behind each.
     """
     documents, skip = plan.row(r)
-    eod, none = np.array([EOD], np.uint16), np.zeros(0, np.uint16)
+    opening, eod, none = np.array([packing.opening], np.uint16), np.array([EOD], np.uint16), np.zeros(0, np.uint16)
     closing, pieces, sizes, left = eod if frame(packing) == 2 else none, [], [], packing.length
     retrieved = np.zeros(packing.length, bool)
     for i in documents.tolist():
         body = tokens.read(i, max(0, skip - 1), skip - 1 + left)
-        piece = [none if skip else eod, body, closing]
+        piece = [none if skip else opening, body, closing]
         pieces += piece
         first = packing.length - left
         retrieved[first + (not skip) : first + max(0, tokens.before(i) + 1 - skip)] = True

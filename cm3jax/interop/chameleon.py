@@ -10,6 +10,7 @@ and k stay where they are (Meta's own files pair neighbours). Scale and bias of 
 there and here. Rows of both tables follow `chameleon_vocab.Order`. The image tokenizer, `model.vqmodel.`, is not read.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -212,12 +213,18 @@ def settings(model: configs.Decoder, rows: int, length: int, names: dict[str, in
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 
+@functools.cache
+def shapes(model: configs.Decoder, rows: int, length: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of our parameters by path; tracing takes a second, and an import asks several times."""
+    net = decoder.Decoder(model, rows, length)
+    made = sharding.unbox(jax.eval_shape(lambda key: decoder.init(net, key), jax.random.key(0)))
+    return flax.traverse_util.flatten_dict(made, sep="/")
+
+
 def leaves(model: configs.Decoder, rows: int) -> dict[str, Leaf]:
     """Return where each of our parameters comes from, by its path."""
-    net = decoder.Decoder(model, rows, 1)
-    shapes = sharding.unbox(jax.eval_shape(lambda key: decoder.init(net, key), jax.random.key(0)))
     found = {}
-    for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items():
+    for path, leaf in shapes(model, rows, 1).items():
         stacked = path.startswith("layers/")
         name = ".".join(NAMES[piece] for piece in path.split("/"))
         names = tuple(name.format(i) for i in range(model.layers if stacked else 1))
@@ -272,16 +279,16 @@ def read(
     for path, leaf in wanted.items():
         kind = np.dtype(dtype or tensors[leaf.names[0]].dtype)
 
-        def piece(index, leaf=leaf, kind=kind):
-            return _piece(tensors, leaf, order, index, kind)
+        def take(index, leaf=leaf, kind=kind):
+            return piece(tensors, leaf, order, index, kind)
 
         whole = (slice(None),) * len(leaf.shape)
         place = places.get(path)
-        found[path] = piece(whole) if place is None else jax.make_array_from_callback(leaf.shape, place, piece)
+        found[path] = take(whole) if place is None else jax.make_array_from_callback(leaf.shape, place, take)
     return flax.traverse_util.unflatten_dict(found, sep="/")
 
 
-def _piece(tensors: Tensors, leaf: Leaf, order: chameleon_vocab.Order, index, dtype) -> np.ndarray:
+def piece(tensors: Tensors, leaf: Leaf, order: chameleon_vocab.Order, index, dtype) -> np.ndarray:
     """Return a block of one of our arrays."""
     at = index[leaf.stacked :]
     names = leaf.names[index[0]] if leaf.stacked else leaf.names

@@ -32,6 +32,8 @@ BEGIN, END_OF_TURN, IMAGE = "<s>", "<reserved08706>", "<image>"
 CODE = re.compile("IMGIMG([A-J]+)Z")
 """A letter is a digit: IMGIMGBACZ is code 102."""
 RESERVED = re.compile("<reserved[0-9]+>")
+IMAGE_BEFORE = "<reserved08707>"
+"""Meta's own name of the entry that Hugging Face calls <image>."""
 SENTINELS = 512
 """Reserved entries that become sentinels at most: CM3Leon's number (arXiv 2309.02591 §2.1)."""
 MULTIPLE = 256
@@ -83,7 +85,8 @@ def order(names: dict[str, int], rows: int, where: str) -> Order:
     if missing := [name for name in SPECIALS if name not in names]:
         raise UserError(f"{where}: no entry {missing[0]!r}; take the tokenizer that belongs to the checkpoint")
     specials, images = [names[name] for name in SPECIALS], codes(names, where)
-    free = {i for name, i in names.items() if RESERVED.fullmatch(name)} - {names.get(END_OF_TURN), names.get(IMAGE)}
+    markers = {names.get(END_OF_TURN), names.get(IMAGE, names.get(IMAGE_BEFORE))}
+    free = {i for name, i in names.items() if RESERVED.fullmatch(name)} - markers
     sentinels = sorted(free - {*specials, *images})[:SENTINELS]
     used = Counter([*specials, *images, *sentinels])
     if twice := [i for i, count in used.items() if count > 1]:

@@ -34,6 +34,10 @@ class Tensor:
         """Bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def __getitem__(self, at: Any) -> np.ndarray:
+        """Return a part of its numbers; of a mapped one, only the pages of that part are read."""
+        return self.read()[at]
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:

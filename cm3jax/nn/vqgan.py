@@ -76,6 +76,7 @@ class Block(nn.Module):
     kernel: int
     groups: int
     dtype: Any
+    shortcut: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -84,7 +85,7 @@ class Block(nn.Module):
             y = nn.silu(Norm(self.groups, self.kernel == 1, self.dtype, name=f"norm{i}")(y))
             y = conv(self.features, self.kernel, self.dtype, f"conv{i}")(y)
         if x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.dtype, "shortcut")(x)
+            x = conv(self.features, self.shortcut, self.dtype, "shortcut")(x)
         return x + y
 
 
@@ -114,11 +115,12 @@ class Stack(nn.Module):
     attend: bool
     groups: int
     dtype: Any
+    shortcut: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         for i in range(self.blocks):
-            x = Block(self.features, self.kernel, self.groups, self.dtype, name=f"block{i}")(x)
+            x = Block(self.features, self.kernel, self.groups, self.dtype, self.shortcut, name=f"block{i}")(x)
             if self.attend:
                 x = Attention(self.groups, self.dtype, name=f"attention{i}")(x)
         return x
@@ -151,8 +153,9 @@ class Encoder(nn.Module):
         local, kernel = c.encoder_kernel == 1, c.encoder_kernel
         x = conv(c.width, kernel, dtype, "first")(fold(pictures, c.patch).astype(dtype))
         for i, multiplier in enumerate(c.multipliers):
-            attend = i in c.attention and not local
-            x = Stack(c.width * multiplier, c.encoder_blocks, kernel, attend, c.groups, dtype, name=f"level{i}")(x)
+            attend, features = i in c.attention and not local, c.width * multiplier
+            sizes = (features, c.encoder_blocks, kernel, attend, c.groups, dtype, c.shortcut_kernel)
+            x = Stack(*sizes, name=f"level{i}")(x)
             if i < len(c.multipliers) - 1:
                 # Stride 2: a 3x3 kernel reaches one pixel past the lower right edge, a 2x2 kernel stays in its patch.
                 size, pad = (2, 0) if local else (3, 1)
@@ -161,7 +164,7 @@ class Encoder(nn.Module):
             attend = c.middle_attention and not local
             x = Middle(kernel, attend, c.groups, dtype, name="middle")(x)
         x = nn.silu(Norm(c.groups, local, dtype, name="norm")(x))
-        return conv(c.z, kernel, dtype, "last")(x).astype(jnp.float32)
+        return conv(c.latents or c.z, kernel, dtype, "last")(x).astype(jnp.float32)
 
 
 class Decoder(nn.Module):
@@ -176,8 +179,8 @@ class Decoder(nn.Module):
         if c.middle:
             x = Middle(3, c.middle_attention, c.groups, dtype, name="middle")(x)
         for i, multiplier in reversed(list(enumerate(c.multipliers))):
-            attend = i in c.attention
-            x = Stack(c.width * multiplier, c.decoder_blocks, 3, attend, c.groups, dtype, name=f"level{i}")(x)
+            attend, features = i in c.attention, c.width * multiplier
+            x = Stack(features, c.decoder_blocks, 3, attend, c.groups, dtype, c.shortcut_kernel, name=f"level{i}")(x)
             if i > 0:
                 b, h, w, d = x.shape
                 x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, d)).reshape(b, 2 * h, 2 * w, d)
@@ -195,11 +198,14 @@ class VQGAN(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         self.encoder = Encoder(c)
-        self.decoder = Decoder(c)
         self.to_code = conv(c.z, 1, dtype)
-        self.from_code = conv(c.z, 1, dtype)
-        # A position that paints a whole patch needs no neighbours for its last step, and 3x3 would be dear.
-        self.last = conv(3 * c.patch**2, 3 if c.patch == 1 else 1, dtype)
+        self.from_code = conv(c.latents or c.z, 1, dtype)
+        if c.decoder:
+            self.decoder = Decoder(c)
+            # A position that paints a whole patch needs no neighbours for its last step, and 3x3 would be dear.
+            self.last = conv(3 * c.patch**2, 3 if c.patch == 1 else 1, dtype)
+        if c.quantizer == "argmax":
+            self.scores = conv(self.codes, 1, jnp.float32)
         # arXiv 2012.09841's start; training overwrites it with centres of real latents.
         start = nn.initializers.uniform(2 / self.codes)
         self.codebook = self.param(
@@ -209,7 +215,29 @@ class VQGAN(nn.Module):
     def encode(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b i j z"]:
         """Return latents, before quantization, on the unit sphere where the config says so."""
         latents = self.to_code(self.encoder(pictures)).astype(jnp.float32)
-        return quantizer.normalise(latents) if self.config.l2_normalise else latents
+        unit = self.config.l2_normalise or self.config.quantizer == "cosine"
+        return quantizer.normalise(latents) if unit else latents
+
+    def choose(self, latents: Float[Array, "b i j z"]) -> Int[Array, "b i j"]:
+        """Return the codes of latents; the lowest of several equally good ones."""
+        if self.config.quantizer == "argmax":
+            return jnp.argmax(self.scores(latents), axis=-1).astype(jnp.int32)
+        return quantizer.nearest(latents, self._table())
+
+    def vectors(self, codes: Int[Array, "b i j"]) -> Float[Array, "b i j z"]:
+        """Return the codes' vectors."""
+        return quantizer.lookup(codes, self._table())
+
+    def _table(self) -> Float[Array, "m z"]:
+        return quantizer.normalise(self.codebook) if self.config.quantizer == "cosine" else self.codebook
+
+    def tokenize(self, pictures: Float[Array, "b h w 3"]) -> Int[Array, "b i j"]:
+        """Return the codes of pictures."""
+        return self.choose(self.encode(pictures))
+
+    def paint(self, codes: Int[Array, "b i j"]) -> Float[Array, "b h w 3"]:
+        """Return the pictures of codes."""
+        return self.decode(self.vectors(codes))
 
     def features(self, vectors: Float[Array, "b i j z"]) -> Float[Array, "b k l c"]:
         """Return the decoder's state before its last convolution."""
@@ -223,7 +251,7 @@ class VQGAN(nn.Module):
         """Return pictures of code vectors."""
         return self.pixels(self.features(vectors))
 
-    def __call__(self, pictures: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b h w 3"], Int[Array, "b i j"]]:
-        """Return the reconstruction and the codes."""
-        codes = quantizer.nearest(self.encode(pictures), self.codebook)
-        return self.decode(quantizer.lookup(codes, self.codebook)), codes
+    def __call__(self, pictures: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b k l c"], Int[Array, "b i j"]]:
+        """Return the reconstruction and the codes; without a decoder, what one would begin with in its place."""
+        codes = self.tokenize(pictures)
+        return (self.paint(codes) if self.config.decoder else self.from_code(self.vectors(codes))), codes

@@ -102,14 +102,19 @@ def load(folder) -> tuple[configs.CLIP, dict[str, Any]]:
     """
     folder = pathlib.Path(folder)
     with _opened(folder / FILE) as file:
-        names = _layout(folder / FILE, set(file.keys()))
-        model, rows = _sizes(folder, file, names)
-        wanted = sources(model, rows, names)
-        _compare(folder / FILE, file, wanted)
-        found = {}
-        for path, layers in wanted.items():
-            arrays = [layer.take(file.get_tensor(layer.name).astype(np.float32)) for layer in layers]
-            found[path] = np.stack(arrays) if "/layers/" in path else arrays[0]
+        return read(folder, file)
+
+
+def read(folder: pathlib.Path, file) -> tuple[configs.CLIP, dict[str, Any]]:
+    """Return what `load` does, of an open file: safetensors', or what has its keys, get_slice and get_tensor."""
+    names = _layout(folder / FILE, set(file.keys()))
+    model, rows = _sizes(folder, file, names)
+    wanted = sources(model, rows, names)
+    _compare(folder / FILE, file, wanted)
+    found = {}
+    for path, layers in wanted.items():
+        arrays = [layer.take(file.get_tensor(layer.name).astype(np.float32)) for layer in layers]
+        found[path] = np.stack(arrays) if "/layers/" in path else arrays[0]
     return model, flax.traverse_util.unflatten_dict(found, sep="/")
 
 
@@ -117,9 +122,14 @@ def look(folder) -> configs.CLIP:
     """Return the network in a folder of published weights, without reading them; raises what `load` raises of names."""
     folder = pathlib.Path(folder)
     with _opened(folder / FILE) as file:
-        names = _layout(folder / FILE, set(file.keys()))
-        model, rows = _sizes(folder, file, names)
-        _compare(folder / FILE, file, sources(model, rows, names))
+        return sizes(folder, file)
+
+
+def sizes(folder: pathlib.Path, file) -> configs.CLIP:
+    """Return what `look` does, of an open file."""
+    names = _layout(folder / FILE, set(file.keys()))
+    model, rows = _sizes(folder, file, names)
+    _compare(folder / FILE, file, sources(model, rows, names))
     return model
 
 

@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     top_k: Int[Array, " b"]
     top_p: Float[Array, " b"]
     scales: Float[Array, "n_1 b"]
-    """Guidance from each stream to the next; [0, b] with one stream."""
+    """Guidance from each stream to the next, the most conditioned first; [0, b] with one stream."""
     contrast: Bool[Array, " b"]
     """Rows drawn by CD-K."""
     cd_alpha: Float[Array, " b"]
@@ -66,8 +66,14 @@ class Drawn(NamedTuple):
     """log p of each token under the conditional stream alone, temperature 1, over the ids allowed; 0 after the end."""
 
 
-def streams(sampling: configs.Sampling) -> int:
-    """Return how many streams a setting needs: 2 as soon as something is compared with the unconditional one."""
+def streams(sampling: configs.Sampling, pictured: bool = False) -> int:
+    """Return how many streams a setting needs: 2 as soon as something is compared with the unconditional one.
+
+    Args:
+      pictured: Prompts show pictures, which a third stream may weigh apart from their text.
+    """
+    if pictured and sampling.image_guidance not in (-1, sampling.guidance):
+        return 3
     return 1 if sampling.method == "top_p" and sampling.guidance == 1 else 2
 
 
@@ -77,15 +83,19 @@ def kind(sampling: configs.Sampling) -> Kind:
     return Kind(top_p, 0 if sampling.method == "top_p" else sampling.cd_k)
 
 
-def settings(sampling: configs.Sampling, rows: np.ndarray) -> Settings:
-    """Return the settings of the rows with these numbers; of a mixture, odd rows draw by CD-K."""
+def settings(sampling: configs.Sampling, rows: np.ndarray, pictured: bool = False) -> Settings:
+    """Return the settings of the rows with these numbers; of a mixture, odd rows draw by CD-K.
+
+    Args:
+      pictured: As for `streams`.
+    """
     full = lambda x, dtype=np.float32: np.full(len(rows), x, dtype)  # noqa: E731
     contrast = {"top_p": full(0, bool), "cd_k": full(1, bool), "mixture": rows % 2 == 1}[sampling.method]
     return Settings(
         temperature=full(sampling.temperature),
         top_k=np.where(contrast, 0, sampling.top_k).astype(np.int32),
         top_p=np.where(contrast, 1, sampling.top_p).astype(np.float32),
-        scales=full(sampling.guidance)[None][: streams(sampling) - 1],
+        scales=np.stack([full(sampling.guidance), full(sampling.image_guidance)])[: streams(sampling, pictured) - 1],
         contrast=contrast,
         cd_alpha=full(sampling.cd_alpha),
         uncond_temperature=full(sampling.uncond_temperature),

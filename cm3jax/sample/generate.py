@@ -54,10 +54,18 @@ def load(run, batch: int = 16, step: int | None = None) -> "Generator":
     if not (run / "recipe.json").is_file():
         raise UserError(f"run {str(run)!r}: no recipe.json there; give the folder that `cm3jax run` wrote")
     recipe = configs.load(run / "recipe.json")
-    text, image = texts.Tokenizer(run / "text" / "tokenizer.model"), images.load(run / "image")
+    text, image = texts.load(run / "text"), images.load(run / "image")
     model = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
     params = jax.tree.map(jnp.asarray, checkpoint.load_params(run / "decoder", step=step))
-    return Generator(model, params, recipe.vocab, text, image, batch, recipe.decoder.packing.picture)
+    return of(recipe, model, params, text, image, batch)
+
+
+def of(recipe: configs.Recipe, model: decoder.Decoder, params, text, image, batch: int = 16) -> "Generator":
+    """Return the generator of a recipe's form, with weights that are in memory; for the rest see `Generator`."""
+    from cm3jax.sample import turns  # which stands on this file
+
+    kind = {"cm3leon": Generator, "chameleon": turns.Generator}[recipe.form.kind]
+    return kind(model, params, recipe.vocab, text, image, batch, recipe.decoder.packing.picture, recipe.form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Generator:
       image: A `tokenizers.image.Tokenizer`, or what has its encode, decode, grid and resolution.
       batch: Rows drawn at one time, at most.
       picture: `Packing.picture` of the model's training.
+      form: How documents are written; the prompts here are CM3Leon's, those of `sample.turns` Chameleon's.
     """
 
     model: decoder.Decoder
@@ -78,6 +87,7 @@ class Generator:
     image: Any
     batch: int = 16
     picture: int = 0
+    form: configs.Form = configs.Form()
 
     @property
     def codes(self) -> int:
@@ -131,15 +141,15 @@ class Generator:
         _same_length(pictures=pictures, captions=captions, boxes=boxes)
         codes, regions = self.encode(pictures), [self.region(box) for box in boxes]
         before = _before(captions, retrieved)
-        found = [
-            document.infill_image(*row, self.text, self.vocab, ids)
-            for *row, ids in zip(captions, codes, regions, before, strict=True)
-        ]
+        found = [self._infilled(*row) for row in zip(captions, codes, regions, before, strict=True)]
         drawn = self._codes(found, [len(prompt.known) for prompt in found], seed, sampling)
         for row, region, new in zip(codes, regions, drawn, strict=True):
             first = np.argmax(region)
             row[first : first + len(new)] = new
         return self.image.decode(codes)
+
+    def _infilled(self, caption: str, codes: np.ndarray, region: np.ndarray, retrieved) -> document.Prompt:
+        return document.infill_image(caption, codes, region, self.text, self.vocab, retrieved)
 
     def region(self, box: Box) -> np.ndarray:
         """Return which codes a box touches, bool [n] in reading order.
@@ -157,6 +167,16 @@ class Generator:
         return (inside(y0, y1, h)[:, None] & inside(x0, x1, w)).reshape(-1)
 
     # ----------------------------------------------------------------------------------------------------------- text
+
+    def asking(self, request: str) -> "Generator":
+        """Return the generator that asks this of a picture, in place of `form.request`.
+
+        Raises:
+          UserError: if the form has no requests.
+        """
+        if self.form.kind != "chameleon":
+            raise UserError(f"request {request!r}: a model of form {self.form.kind} is asked nothing; leave it out")
+        return dataclasses.replace(self, form=dataclasses.replace(self.form, request=request))
 
     def image_to_text(
         self,
@@ -279,14 +299,16 @@ class Generator:
             raise UserError(f"picture of shape {picture.shape}, {picture.dtype}: must be uint8 [height, width, 3]")
         return files.crop(picture, side)
 
-    def _codes(self, prompts, counts: Sequence[int], seed: int, sampling) -> list[np.ndarray]:
-        """Return `counts[row]` codes for each prompt, those that it knows held."""
+    def _codes(
+        self, prompts, counts: Sequence[int], seed: int, sampling, numbers=None, name: str = "sample"
+    ) -> list[np.ndarray]:
+        """Return `counts[row]` codes for each prompt, those that it knows held; `numbers`, `name`: as for `_draw`."""
         self._room(prompts, "the text", max(counts, default=0))
         quarter = -(-self.codes // 4)
         steps = -(-max(counts, default=1) // quarter) * quarter  # at most four programs, whatever the regions
         state = grammar.start([grammar.CODES] * len(prompts), left=np.array(counts))
         rules = grammar.pictures(self.vocab, self.text.size, self.codes)
-        drawn = self._draw(rules, prompts, state, steps, seed, sampling)
+        drawn = self._draw(rules, prompts, state, steps, seed, sampling, numbers, name)
         return [(ids.astype(np.int64) - self.vocab.image_start).astype(np.uint16) for ids in drawn]
 
     def _spans(self, prompts, seed: int, sampling, max_text: int) -> list[str]:
@@ -319,27 +341,38 @@ class Generator:
             )
         return self.model.length - sizes
 
-    def _draw(self, rules, prompts, state: grammar.State, steps: int, seed: int, sampling) -> list[np.ndarray]:
-        """Return the drawn ids of each prompt, in batches of one fixed size; the last is filled with rows long done."""
+    def _draw(
+        self, rules, prompts, state: grammar.State, steps: int, seed: int, sampling, numbers=None, name: str = "sample"
+    ) -> list[np.ndarray]:
+        """Return the drawn ids of each prompt, in batches of one fixed size; the last is filled with rows long done.
+
+        Args:
+          numbers: int [n], whose streams of random numbers the rows draw from; None: 0, 1, ...
+          name: Of these streams.
+        """
         if not prompts:
             return []
+        numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
         size = min(self.batch, 1 << (len(prompts) - 1).bit_length())
-        length = decode.bucket(max(len(ids) for p in prompts for ids in (p.ids, p.unconditional)))
+        length = decode.bucket(max(len(ids) for p in prompts for ids, _ in p.streams(3)))
         drawn = []
         for first in range(0, len(prompts), size):
             rows = np.arange(first, first + size)
-            drawn += self._batch(rules, prompts, state, rows, length, steps, seed, sampling)
+            drawn += self._batch(rules, prompts, state, rows, length, steps, seed, sampling, numbers, name)
         return drawn
 
-    def _batch(self, rules, prompts, state, rows: np.ndarray, length: int, steps: int, seed: int, sampling):
+    def _batch(self, rules, prompts, state, rows, length: int, steps: int, seed: int, sampling, numbers, name: str):
         """Return the drawn ids of these rows; those beyond the last prompt are done before they begin."""
         here = np.minimum(rows, len(prompts) - 1)
+        numbers = numbers[here]
         state = jax.tree.map(lambda x: x[here], state)
         state = state._replace(mode=jnp.where(rows < len(prompts), state.mode, grammar.DONE))
         chosen = [prompts[i] for i in here]
-        n, first = decode.streams(sampling), self.model.length - self.picture if self.picture else None
-        streams = [[p.ids for p in chosen], [p.unconditional for p in chosen]][:n]
-        hidden = [[p.hidden for p in chosen], [p.unconditional_hidden for p in chosen]][:n]
+        pictured = any(p.pictured is not None for p in prompts)  # of the whole call: all batches are one program
+        first = self.model.length - self.picture if self.picture else None
+        by_stream = list(zip(*(p.streams(decode.streams(sampling, pictured)) for p in chosen), strict=True))
+        streams = [[ids for ids, _ in stream] for stream in by_stream]
+        hidden = [[codes for _, codes in stream] for stream in by_stream]
         out = decode.decode(
             self.model,
             rules,
@@ -348,9 +381,9 @@ class Generator:
             self.params,
             decode.pad(streams, length, hidden, self.vocab, first, [p.retrieved for p in chosen], self.picture),
             state,
-            decode.settings(sampling, rows),
+            decode.settings(sampling, numbers, pictured),
             _forced(chosen, steps),
-            rng.rows(rng.key(seed, "sample"), jnp.asarray(rows)),
+            rng.rows(rng.key(seed, name), jnp.asarray(numbers)),
         )
         ids, lengths = np.asarray(out.ids), np.asarray(out.lengths)
         return [ids[i, : lengths[i]] for i in np.flatnonzero(rows < len(prompts))]

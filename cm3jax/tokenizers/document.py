@@ -149,6 +149,9 @@ class Prompt:
       known: int64 [k], infill_image only: the id of each of the k codes to come that is held, -1 where it is drawn.
       hidden: The codes behind each sentinel that stands in its place in `ids`; 0 for text.
       unconditional_hidden: The same of `unconditional`.
+      pictured: uint16 [k], the stream between these two: the pictures of `ids` without the text; None: `ids` has no
+        pictures of its own, and this stream would be `unconditional`.
+      pictured_hidden: The same of `pictured`.
       retrieved: How many ids behind the first [eod] are those of retrieved documents, in both streams.
     """
 
@@ -160,7 +163,15 @@ class Prompt:
     known: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     hidden: tuple[int, ...] = ()
     unconditional_hidden: tuple[int, ...] = ()
+    pictured: np.ndarray | None = None
+    pictured_hidden: tuple[int, ...] = ()
     retrieved: int = 0
+
+    def streams(self, count: int) -> list[tuple[np.ndarray, tuple[int, ...]]]:
+        """Return ids and hidden codes of each of `count` streams, the most conditioned first."""
+        without = self.unconditional, self.unconditional_hidden
+        between = without if self.pictured is None else (self.pictured, self.pictured_hidden)
+        return [(self.ids, self.hidden), *([between] if count == 3 else []), without][:count]
 
 
 def join(*pieces) -> np.ndarray:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 
@@ -17,7 +18,6 @@ import numpy as np
 import safetensors.numpy
 
 import cm3jax.config as cfg
-import cm3jax.nn.quantizer as quantizer
 import cm3jax.nn.vqgan as vqgan
 import cm3jax.objectives.vqgan as objective
 import cm3jax.sharding as sharding
@@ -25,7 +25,10 @@ from cm3jax.types import UserError
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 BATCH = 64
-"""Pictures per call of the compiled functions; fewer are padded, so that each compiles once."""
+"""Pictures per call of the compiled functions, at most; fewer are padded, so that each compiles once."""
+LARGEST = 2**25
+"""Numbers at most in a call's largest array, 128 MiB: one picture of 512 pixels through 128 channels, four of 256.
+Several such arrays exist at one time, and a single picture to read or draw should not cost many times its own share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +79,14 @@ class Tokenizer:
         """Return the pictures uint8 [b, h, w, 3] of codes [b, n].
 
         Raises:
-          UserError: if a row is not one picture's worth of codes, or a code is not in the codebook.
+          UserError: if a row is not one picture's worth of codes, a code is not in the codebook, or the tokenizer was
+            imported without a decoder.
         """
+        if not self.config.decoder:
+            raise UserError(
+                "this image tokenizer has no decoder, as its source had none: it reads pictures and draws none; import"
+                " it from a source with one (Meta's vqgan.ckpt, Anole)"
+            )
         codes, n = np.asarray(codes), self.grid[0] * self.grid[1]
         if codes.ndim != 2 or codes.shape[1] != n or not np.issubdtype(codes.dtype, np.integer):
             raise UserError(f"codes of {codes.dtype} {codes.shape}: a picture here is a row of {n} integers")
@@ -118,8 +127,8 @@ class Tokenizer:
         model = vqgan.VQGAN(self.config, self.codes)
 
         def encode(params, pictures):
-            latents = model.apply({"params": params}, objective.to_unit(pictures), method="encode")
-            return quantizer.nearest(latents, params["codebook"]).reshape(len(pictures), -1)
+            codes = model.apply({"params": params}, objective.to_unit(pictures), method="tokenize")
+            return codes.reshape(len(pictures), -1)
 
         return jax.jit(encode)
 
@@ -128,8 +137,8 @@ class Tokenizer:
         model = vqgan.VQGAN(self.config, self.codes)
 
         def decode(params, codes):
-            vectors = quantizer.lookup(codes.reshape(-1, *self.grid), params["codebook"])
-            return objective.to_bytes(model.apply({"params": params}, vectors, method="decode"))
+            grids = codes.reshape(-1, *self.grid)
+            return objective.to_bytes(model.apply({"params": params}, grids, method="paint"))
 
         return jax.jit(decode)
 
@@ -177,8 +186,19 @@ def _replace(path: pathlib.Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def load(folder, batch: int = BATCH, devices: tuple = ()) -> Tokenizer:
-    """Return the tokenizer in a folder; see `Tokenizer` for the other arguments.
+def fitting(config: cfg.VQGAN, resolution: int) -> int:
+    """Return the pictures of a call, a power of two up to `BATCH`, with which no array exceeds `LARGEST`."""
+    side = resolution // config.patch
+    sizes = [(side >> i) ** 2 * config.width * multiplier for i, multiplier in enumerate(config.multipliers)]
+    return min(BATCH, 2 ** int(math.log2(max(1, LARGEST // max(sizes)))))
+
+
+def load(folder, batch: int = 0, devices: tuple = ()) -> Tokenizer:
+    """Return the tokenizer in a folder.
+
+    Args:
+      batch: Pictures per compiled call; 0: as many as `fitting` says, on each of the devices.
+      devices: See `Tokenizer`.
 
     Raises:
       UserError: if there is none, its files do not belong together, or a weight is missing or has another shape.
@@ -197,6 +217,7 @@ def load(folder, batch: int = BATCH, devices: tuple = ()) -> Tokenizer:
     flat = safetensors.numpy.load(data)
     _compare(flat, model, codes, resolution, folder / WEIGHTS)
     params = flax.traverse_util.unflatten_dict({name: jnp.asarray(x) for name, x in flat.items()}, sep="/")
+    batch = batch or fitting(model, resolution) * max(1, len(devices))
     return Tokenizer(model, codes, resolution, params, batch, devices)
 
 

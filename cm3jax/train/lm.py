@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from cm3jax import config as configs
-from cm3jax import optim
+from cm3jax import optim, sharding
 from cm3jax.nn import attention_paths, decoder, flops
 from cm3jax.objectives import lm
 from cm3jax.train import state as states
@@ -42,20 +42,26 @@ def resolve(stage: configs.DecoderStage, device: Any) -> configs.DecoderStage:
 
 
 def task(stage: configs.DecoderStage, vocab: Vocab) -> states.Task:
-    """Return how the decoder starts, steps and is evaluated. Batches are `data.pipeline`'s: [b, t] arrays."""
+    """Return how the decoder starts, steps and is evaluated. Batches are `data.pipeline`'s: [b, t] arrays.
+
+    What `stage.trainable` leaves out has no gradient, no optimizer state and no update: it stays bit for bit.
+    """
     net, training = model(stage, vocab), stage.training
     shapes = jax.eval_shape(lambda key: decoder.init(net, key), jax.random.key(0))
-    optimizer = optim.make(training.optimizer, training.steps, shapes)
+    part = Part(stage, vocab)
+    optimizer = optim.make(training.optimizer, training.steps, jax.eval_shape(part.taken, shapes))
 
     def init(key):
         params = decoder.init(net, key)
-        return states.create(params, optimizer, {"ema": params} if training.ema else {})
+        return states.create(params, optimizer, {"ema": params} if training.ema else {}, part.taken(params))
 
     def step(state, batch, key):
-        loss = lambda params, batch, key: losses(net, stage, params, batch)  # noqa: E731
-        gradients, metrics = states.gradients(loss, state.params, batch, key, training.accumulate)
+        loss = lambda own, batch, key: losses(net, stage, part.put(state.params, own), batch)  # noqa: E731
+        own = part.taken(state.params)
+        gradients, metrics = states.gradients(loss, own, batch, key, training.accumulate)
         metrics["gradient_norm"] = (optax.global_norm(gradients), jnp.float32(1))
-        state = states.update(state, gradients, optimizer)
+        updated = states.update(state.replace(params=own), gradients, optimizer)
+        state = updated.replace(params=part.put(state.params, updated.params))
         if training.ema:
             ema = states.average(state.extra["ema"], state.params, training.ema, state.step)
             state = state.replace(extra={"ema": ema})
@@ -65,7 +71,34 @@ def task(stage: configs.DecoderStage, vocab: Vocab) -> states.Task:
         params = state.extra["ema"] if training.ema else state.params
         return losses(net, dataclasses.replace(stage, z_loss=0.0), params, batch)[1]
 
-    return states.Task(init, step, evaluate, flops.step(stage.model, vocab.size, training.batch, stage.packing.length))
+    count = flops.step(stage.model, vocab.size, training.batch, stage.packing.length)
+    return states.Task(init, step, evaluate, count if stage.trainable == "all" else count / 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of the parameters that a stage trains: all, or the output layer's rows of image codes."""
+
+    stage: configs.DecoderStage
+    vocab: Vocab
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.vocab.image_start, self.vocab.sentinel_start)
+
+    def taken(self, params):
+        """Return the part, of parameters that are boxed or not."""
+        if self.stage.trainable == "all":
+            return params
+        head = params["head"]
+        return {"head": head.replace(value=head.value[self.rows]) if sharding.is_box(head) else head[self.rows]}
+
+    def put(self, params, own):
+        """Return the parameters (unboxed) with the part replaced; the rest has no gradient."""
+        if self.stage.trainable == "all":
+            return own
+        kept = jax.lax.stop_gradient(params)
+        return {**kept, "head": kept["head"].at[self.rows].set(own["head"])}
 
 
 def losses(net: decoder.Decoder, stage: configs.DecoderStage, params, batch):

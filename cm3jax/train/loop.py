@@ -49,6 +49,8 @@ def train(
     name: str = "train",
     meta: dict[str, Any] | None = None,
     devices=None,
+    defaults: dict[str, Any] | None = None,
+    weights: Callable[[Any], Any] | None = None,
 ) -> states.TrainState:
     """Train to `training.steps`, from the latest checkpoint in `folder` if there is one; return the final state.
 
@@ -63,6 +65,8 @@ def train(
       name: Names the random stream and the progress bar.
       meta: JSON values that must be the same when a run continues: hashes of the config and of the data plan.
       devices: Devices of the mesh; None: all.
+      defaults: What values of `meta` were where a checkpoint lacks them, since it is older than the setting.
+      weights: Tree of `jax.ShapeDtypeStruct` with shardings -> parameters to begin with; None: the task's own.
 
     Raises:
       UserError: if a checkpoint does not fit, a batch does not divide over the mesh, or the loss stops being finite.
@@ -75,7 +79,7 @@ def train(
     manager = checkpoint.open(folder, training.keep, say=lambda line: metrics.say(f"{name}: {line}"))
     identity = {"name": name, "seed": training.seed, "batch": training.batch, **(meta or {})}
     try:
-        state, start, seconds = _begin(compiled, manager, training, identity)
+        state, start, seconds = _begin(compiled, manager, training, identity, defaults or {}, weights)
         run = _Run(compiled, training, manager, folder, hooks, name, eval_batches, identity, state, start, seconds)
         with _Signals() as signals:
             return run.train(batches, signals)
@@ -155,7 +159,9 @@ def check_batch(training: configs.Training, mesh) -> None:
 # ------------------------------------------------------------------------------------------------- starting, continuing
 
 
-def _begin(compiled: Compiled, manager, training: configs.Training, identity) -> tuple[states.TrainState, int, float]:
+def _begin(
+    compiled: Compiled, manager, training: configs.Training, identity, defaults, weights
+) -> tuple[states.TrainState, int, float]:
     """Return the state to go on from, its step and the seconds trained so far."""
     damage = None
     for step in checkpoint.uncommitted(manager) if hosts.lead() else ():
@@ -163,7 +169,7 @@ def _begin(compiled: Compiled, manager, training: configs.Training, identity) ->
     for step in checkpoint.candidates(manager):
         try:
             saved = checkpoint.load_meta(manager, step)
-            _check_identity(manager.directory, step, saved["identity"], identity, training)
+            _check_identity(manager.directory, step, saved["identity"], identity, training, defaults)
             return checkpoint.restore(manager, step, compiled.abstract), step, saved["seconds"]
         except checkpoint.Damaged as e:
             damage = e
@@ -171,12 +177,24 @@ def _begin(compiled: Compiled, manager, training: configs.Training, identity) ->
                 print(f"WARNING: {e}\nWARNING: trying the checkpoint before it", file=sys.stderr, flush=True)
     if damage:
         raise damage  # better than to begin again, and overwrite what a person may still want to look at
-    return compiled.init(), 0, 0.0
+    return _given(compiled, weights) if weights else compiled.init(), 0, 0.0
 
 
-def _check_identity(folder, step: int, saved, now, training: configs.Training) -> None:
+def _given(compiled: Compiled, weights) -> states.TrainState:
+    """Return the state of step 0 with weights from elsewhere, their average too; never two sets in memory."""
+    state = compiled.init().replace(params=None)
+    averaged = isinstance(state.extra, dict) and "ema" in state.extra
+    if averaged:
+        state = state.replace(extra={**state.extra, "ema": None})
+    state = state.replace(params=weights(compiled.abstract.params))
+    # copies, as the step donates each of its arrays once
+    return state.replace(extra={**state.extra, "ema": jax.tree.map(jnp.copy, state.params)}) if averaged else state
+
+
+def _check_identity(folder, step: int, saved, now, training: configs.Training, defaults) -> None:
     """Raise unless the run that saved a checkpoint was this one."""
     saved, now = _flat(saved), _flat(now)
+    saved = {name: value for name, value in _flat(defaults).items() if name in now} | saved
     for key in sorted(set(saved) | set(now)):
         if saved.get(key) != now.get(key):
             raise UserError(

@@ -48,15 +48,16 @@ class Task:
     flops: float = 0.0
 
 
-def create(params, optimizer: optax.GradientTransformation, extra=None) -> TrainState:
+def create(params, optimizer: optax.GradientTransformation, extra=None, trained=None) -> TrainState:
     """Return the state of step 0.
 
     Args:
       params: As `model.init` returns them, boxed: the optimizer's state then carries the same axis names.
       optimizer: From `optim.make`.
       extra: The task's own tree.
+      trained: The part of the parameters that the optimizer is of; None: all.
     """
-    opt_state = optimizer.init(params)
+    opt_state = optimizer.init(params if trained is None else trained)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, {} if extra is None else extra)
 
 

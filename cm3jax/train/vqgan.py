@@ -99,6 +99,9 @@ def averaged(state: states.TrainState):
 def check(image: cfg.Image, resolution: int, codes: int) -> None:
     """Raise a UserError unless the settings fit each other."""
     tokenizer.check(image.model, resolution, codes)
+    for field, value in (("quantizer", "nearest"), ("decoder", True)):
+        if (found := getattr(image.model, field)) != value:
+            raise UserError(f"image.model.{field} = {found!r}: of imported weights only; to train, set it to {value!r}")
     loss, smallest = image.loss, discriminators.SMALLEST
     if loss.adversarial and resolution < smallest:
         raise UserError(

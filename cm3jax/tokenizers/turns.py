@@ -1,0 +1,125 @@
+"""Documents of Chameleon's form (arXiv 2405.09818) <-> ids in the one id space, and its prompts.
+
+    <s> text <break> code code ... code <eoss> text ... </s>
+
+Text and pictures follow one another as they come; <break> begins a picture and <eoss> ends it, </s> is [eod]. Between
+a request and its answer, and behind the answer, may stand the end of turn. Nothing is masked: a prompt is the beginning
+of a document. What the streams of guidance drop is as in Chameleon's published code: the one between keeps the pictures
+and no text, the last one nothing. Imports no jax.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cm3jax.config import Form
+from cm3jax.tokenizers import document
+from cm3jax.tokenizers.document import Part, Prompt
+from cm3jax.tokenizers.text import Tokenizer
+from cm3jax.types import UserError
+from cm3jax.vocab import BREAK, EOD, EOSS, Vocab
+
+
+def encode(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab, form: Form) -> np.ndarray:
+    """Return the ids of a document, uint16 [n], without <s> and </s>, which packing adds.
+
+    With `form.pair` "turn" the end of turn stands behind a text that opens the document, if anything follows it.
+
+    Raises:
+      UserError: if there is no part, a picture has no codes or codes out of range, or the tokenizer is too large.
+    """
+    if not len(parts):
+        raise UserError("a document without parts; give it at least one text or picture")
+    pieces = [part_ids(part, tokenizer, vocab) for part in parts]
+    if form.pair == "turn" and len(parts) > 1 and isinstance(parts[0], str):
+        pieces.insert(1, np.array([form.turn], np.uint16))
+    return document.join(*pieces)
+
+
+def part_ids(part: Part, tokenizer: Tokenizer, vocab: Vocab) -> np.ndarray:
+    """Return the ids of a text, or of a picture between its marks, uint16 [n]."""
+    if isinstance(part, str):
+        return document.text_ids(part, tokenizer, vocab)
+    return document.join(BREAK, document.image_ids(part, vocab), EOSS)
+
+
+def decode(ids: np.ndarray, tokenizer: Tokenizer, vocab: Vocab, form: Form) -> list[Part]:
+    """Return the parts of a document: str, or uint16 codes [n]. Neighbouring texts are one, ends of turns are left out.
+
+    Raises:
+      ValueError: if a picture is not between its marks, or an id stands in no document of this form.
+    """
+    ids = np.asarray(ids, np.int64)
+    ids = ids[~np.isin(ids, (form.begin, form.turn, EOD))]
+    parts = []
+    for piece in np.split(ids, np.flatnonzero(ids == BREAK)):  # each but the first begins with a picture
+        codes, text, end = None, piece, np.flatnonzero(piece == EOSS)
+        if len(end) and piece[0] == BREAK:
+            codes, text = piece[1 : end[0]], piece[end[0] + 1 :]
+        if not vocab.is_text(text).all() or not (codes is None or (len(codes) and vocab.is_image(codes).all())):
+            raise ValueError(f"{' '.join(vocab.name(i) for i in piece[:8].tolist())} ...: no part of Chameleon's form")
+        parts += [] if codes is None else [(codes - vocab.image_start).astype(np.uint16)]
+        parts += [document.decode_text(text, tokenizer, vocab)] if len(text) else []
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def text_to_image(text: str, tokenizer: Tokenizer, vocab: Vocab, form: Form) -> Prompt:
+    """`<s> text <break>`, then one picture and <eoss>; with `form.pair` "turn" an end of turn before <break>."""
+    turn = [form.turn] if form.pair == "turn" else []
+    return picture(
+        document.join(form.begin, document.text_ids(text, tokenizer, vocab), turn, BREAK), vocab, form, "text_to_image"
+    )
+
+
+def picture(ids: np.ndarray, vocab: Vocab, form: Form, kind: str = "continuation") -> Prompt:
+    """The beginning of a document, up to the <break> of a picture that is to be drawn.
+
+    Guidance: `pictured` keeps <s>, the pictures and their marks, `unconditional` is `<s> <break>`.
+    """
+    ids = np.asarray(ids, np.uint16)
+    shown = ids[(ids == form.begin) | (ids == BREAK) | (ids == EOSS) | vocab.is_image(ids)]
+    pictured = shown if vocab.is_image(ids).any() else None
+    return Prompt(kind, ids, document.join(form.begin, BREAK), "image", EOSS, pictured=pictured)
+
+
+def infill_image(
+    text: str, codes: np.ndarray, region: np.ndarray, tokenizer: Tokenizer, vocab: Vocab, form: Form
+) -> Prompt:
+    """`<s> text <break> codes[:first]`, then the codes from the region's first to its last.
+
+    There are no masks, so what is drawn sees the codes before it and none behind the region. Those of the stretch that
+    lie outside the region come back in `known`. Unconditional: the same without the text.
+
+    Args:
+      codes, region: As for `document.infill_image`.
+    """
+    ids, region = document.image_ids(codes, vocab), np.asarray(region, bool).reshape(-1)
+    if len(region) != len(ids) or not region.any():
+        raise UserError(f"region of {region.sum()} codes out of {len(region)}: must mark one of {len(ids)} codes")
+    first, last = np.flatnonzero(region)[[0, -1]]
+    whole = text_to_image(text, tokenizer, vocab, form)
+    known = np.where(region, -1, ids.astype(np.int64))[first : last + 1]
+    without = document.join(form.begin, BREAK, ids[:first])
+    return Prompt("infill_image", document.join(whole.ids, ids[:first]), without, "image", EOSS, known)
+
+
+def image_to_text(codes: np.ndarray, tokenizer: Tokenizer, vocab: Vocab, form: Form) -> Prompt:
+    """`<s> <break> IMG <eoss> request <turn>`, then the caption and the end of turn. Unconditional: without IMG."""
+    request = document.join(document.text_ids(form.request, tokenizer, vocab), form.turn)
+    ids = document.join(form.begin, part_ids(codes, tokenizer, vocab), request)
+    return Prompt("image_to_text", ids, document.join(form.begin, request), "text", form.turn)
+
+
+def continuation(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab, form: Form, closed: bool = False) -> Prompt:
+    """`<s> part part ...`, then text and pictures up to the end of turn or of the document. No guidance for text.
+
+    Args:
+      parts: May be empty: a document from nothing.
+      closed: The parts are a request: the end of turn follows them.
+    """
+    pieces = [part_ids(part, tokenizer, vocab) for part in parts]
+    ids = document.join(form.begin, *pieces, *([form.turn] if closed and len(parts) else []))
+    return Prompt("continuation", ids, ids, "document", form.turn)

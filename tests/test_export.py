@@ -1,0 +1,245 @@
+"""`cm3jax export`: what import reads is written again, bit for bit, and transformers computes the same with it."""
+
+import dataclasses
+import json
+import re
+
+import chameleons
+import checkpoints
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+from cm3jax import checkpoint, cli, config, foreign, sharding
+from cm3jax.interop import chameleon, chameleon_vocab, pieces, plain, sources, tensors, vqgan
+from cm3jax.nn import decoder
+from cm3jax.tokenizers import document, image, text
+from cm3jax.types import UserError
+from cm3jax.vocab import Vocab
+
+
+def quiet(line):
+    pass
+
+
+def contents(folder):
+    """Return the tensors of a folder by name, as bits."""
+    found = tensors.open(folder)
+    return {name: (t.shape, t.dtype, t.read().tobytes()) for name, t in found.found.items()}
+
+
+KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+SOME = [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_hugging_faces_files_come_back_bit_for_bit(tmp_path, kind):
+    about = checkpoints.settings(dtype=kind, num_key_value_heads=2, swin_norm=True)
+    checkpoints.hugging_face(tmp_path / "hf", about, chameleons.random_tensors(about, KINDS[kind]))
+    foreign.bring(str(tmp_path / "hf"), str(tmp_path / "run"), say=quiet)
+    foreign.send(tmp_path / "run", str(tmp_path / "out"), "hf", say=quiet)
+    assert contents(tmp_path / "out") == contents(tmp_path / "hf")
+    told, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "out"))
+    assert chameleon.network(told) == chameleon.network(again)
+    assert (told["vocabulary_map"], told["vq_config"], told["dtype"]) == tuple(
+        again[name] for name in ("vocabulary_map", "vq_config", "dtype")
+    )
+    assert sources.entries(tmp_path / "out" / "tokenizer.json") == sources.entries(tmp_path / "hf" / "tokenizer.json")
+    foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), say=quiet)
+    first, second = (checkpoint.load_params(tmp_path / name / "decoder") for name in ("run", "again"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
+    files = ("recipe.json", "text/order.json", "image/weights.safetensors")
+    for name in files[1:]:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_metas_model_becomes_hugging_faces(tmp_path):
+    about = checkpoints.settings()
+    made = checkpoints.per_process(chameleons.random_tensors(about), about, 2)
+    foreign.bring(
+        str(checkpoints.meta_folder(tmp_path / "meta", made, about, 2)), str(tmp_path / "run"), resolution=8, say=quiet
+    )
+    foreign.send(tmp_path / "run", str(tmp_path / "out"), "hf", say=quiet)
+    checkpoints.hugging_face(tmp_path / "hf", about, made)
+    assert contents(tmp_path / "out") == contents(tmp_path / "hf")
+    assert sources.entries(tmp_path / "out" / "tokenizer.json") == sources.entries(tmp_path / "hf" / "tokenizer.json")
+
+
+# --------------------------------------------------------------------------------------------------------- trained here
+
+WORDS = ["a red cat", "a blue dog, and a cat", "two cats on a mat", "the cat sat"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a run of Chameleon's form as a training here leaves it, with random weights."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    tokenizer = text.train(WORDS * 20, 300, run / "text" / "tokenizer.model")
+    vocab = Vocab(text=304, image=chameleons.CODES, sentinels=8, multiple=16)
+    model = config.Decoder(
+        layers=2, width=32, heads=4, kv_heads=2, mlp_width=40, tied=False, dtype="float32", **chameleon.FORM
+    )
+    recipe = config.Recipe(
+        name="trained",
+        vocab=vocab,
+        prepare=config.Prepare(resolution=8),
+        image=config.Image(model=checkpoints.PICTURES.model),
+        decoder=config.DecoderStage(model=model, packing=config.Packing(length=64)),
+    )
+    (run / "recipe.json").write_text(json.dumps(config.to_json(recipe)))
+    vqgan.save(run / "image", checkpoints.PICTURES, vqgan.read(checkpoints.pictures(""), checkpoints.PICTURES))
+    net, draw = decoder.Decoder(model, vocab.size, 64), np.random.default_rng(0)
+    shapes = sharding.unbox(jax.eval_shape(lambda key: decoder.init(net, key), jax.random.key(0)))
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * draw.standard_normal(x.shape, np.float32)), shapes)
+    manager = checkpoint.open(run / "decoder")
+    checkpoint.save(manager, 7, {"step": jnp.int32(7), "params": params, "opt_state": {}, "extra": {}}, {})
+    manager.close()
+    return run, recipe, params, tokenizer
+
+
+def logits(params, recipe, ids):
+    net, ids = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, 64), jnp.asarray(ids, jnp.int32)
+    place = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    hidden = net.apply({"params": params}, ids, place, jnp.ones_like(ids))[0]
+    return np.asarray(decoder.logits(params, recipe.decoder.model, hidden))
+
+
+@pytest.mark.slow
+def test_a_model_trained_here_gives_the_same_logits_in_transformers(trained, tmp_path):
+    import transformers
+
+    run, recipe, params, tokenizer = trained
+    foreign.send(run, str(tmp_path / "out"), "hf", say=quiet)
+    model, told = transformers.ChameleonForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not told["missing_keys"] and not told["mismatched_keys"]
+    assert all(".decoder." in key or "post_quant" in key for key in told["unexpected_keys"])
+    ids = np.random.default_rng(1).integers(0, recipe.vocab.used, (2, 40))
+    with torch.no_grad():
+        theirs = model.lm_head(model.model(torch.tensor(ids)).last_hidden_state).numpy()
+    ours = logits(params, recipe, ids)
+    assert ours.std() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for string in (*WORDS, "caf\u00e9 \U0001f680\n  x"):
+        found = words(string, add_special_tokens=False)["input_ids"]
+        assert found == document.text_ids(string, tokenizer, recipe.vocab).tolist()
+        assert words.decode(found) == string
+    assert words.convert_tokens_to_ids(chameleon_vocab.spelt(5)) == recipe.vocab.image_start + 5
+    assert (words.pad_token, words.eos_token) == ("<pad>", "</s>")
+
+
+def test_a_model_trained_here_comes_back_from_hugging_faces_layout(trained, tmp_path):
+    run, recipe, params, tokenizer = trained
+    foreign.send(run, str(tmp_path / "out"), "hf", say=quiet)
+    foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), say=quiet)
+    again = config.load(tmp_path / "again" / "recipe.json")
+    assert again.form == config.Form(), "its documents are CM3Leon's"
+    assert (again.vocab.image, again.vocab.sentinels) == (recipe.vocab.image, recipe.vocab.sentinels)
+    other = text.load(tmp_path / "again" / "text")
+    for string in WORDS:
+        assert other.decode(other.encode(string)) == string
+    ids = np.array([[0, 1, *document.text_ids(WORDS[0], tokenizer, recipe.vocab)]])
+    moved = np.array([[0, 1, *document.text_ids(WORDS[0], other, again.vocab)]])
+    found = logits(jax.tree.map(jnp.asarray, checkpoint.load_params(tmp_path / "again" / "decoder")), again, moved)
+    codes = lambda x, vocab: x[..., vocab.image_start : vocab.sentinel_start]  # noqa: E731
+    np.testing.assert_allclose(codes(found, again.vocab), codes(logits(params, recipe, ids), recipe.vocab), atol=1e-5)
+
+
+def test_merges_say_what_sentencepiece_does(trained):
+    _, recipe, _, tokenizer = trained
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(pieces.document(tokenizer, recipe.vocab)))
+    draw = np.random.default_rng(0)
+    letters = list("acdtbloenums ,xyz\u00e9")
+    for _ in range(300):
+        string = "".join(draw.choice(letters, draw.integers(0, 30)))
+        assert theirs.encode(string).ids == document.text_ids(string, tokenizer, recipe.vocab).tolist(), string
+
+
+def test_what_is_no_chameleon_is_refused_by_its_setting(trained, tmp_path):
+    run, recipe, *_ = trained
+    other = tmp_path / "run"
+    other.mkdir()
+    for name in ("text", "image", "decoder"):
+        (other / name).symlink_to(run / name)
+    told = config.to_json(recipe)
+    told["decoder"]["model"]["activation"] = "relu"
+    (other / "recipe.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="decoder.model.activation = 'relu'"):
+        foreign.send(other, str(tmp_path / "out"), "hf", say=quiet)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+# ---------------------------------------------------------------------------------------------------- plain safetensors
+
+
+def test_plain_safetensors_come_back_bit_for_bit(trained, tmp_path):
+    run, recipe, params, _ = trained
+    foreign.send(run, str(tmp_path / "out"), "safetensors", say=quiet)
+    foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), say=quiet)
+    found = checkpoint.load_params(tmp_path / "again" / "decoder")
+    assert jax.tree.structure(found) == jax.tree.structure(jax.tree.map(np.asarray, params))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == b.tobytes(), params, found))
+    assert config.load(tmp_path / "again" / "recipe.json") == dataclasses.replace(recipe, name="again")
+    for name in ("text/tokenizer.model", "image/weights.safetensors", "image/config.json"):
+        assert (run / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    foreign.send(tmp_path / "again", str(tmp_path / "twice"), "safetensors", say=quiet)
+    assert contents(tmp_path / "twice") == contents(tmp_path / "out")
+
+
+def test_the_loader_in_the_documentation_reads_them(trained, tmp_path):
+    run, recipe, params, _ = trained
+    foreign.send(run, str(tmp_path / "out"), "safetensors", say=quiet)
+    example = re.search(r"without cm3jax:\n\n((?:    .*\n|\n)+)", plain.__doc__)[1]
+    scope = {"folder": tmp_path / "out"}
+    exec(re.sub(r"(?m)^    ", "", example), scope)
+    assert np.array_equal(scope["first"], params["layers"]["attention"]["q"]["w"][0])
+    assert scope["vocab"]["text"] == recipe.vocab.text
+    names = set(scope["weights"])
+    assert {"table", "head", "norm.scale", "layers.1.mlp.gate.w", "layers.0.attention.q_norm.bias"} <= names
+
+
+def test_a_checkpoint_and_a_type_can_be_chosen(trained, tmp_path, capsys):
+    run = trained[0]
+    out = str(tmp_path / "out")
+    assert cli.main(["export", str(run), out, "--step", "7", "--dtype", "bfloat16"]) == 0
+    assert {t.dtype.name for t in tensors.open(tmp_path / "out").found.values()} == {"bfloat16"}
+    assert cli.main(["export", str(run), str(tmp_path / "none"), "--step", "8"]) == 2
+    assert "no step 8" in capsys.readouterr().err
+    assert cli.main(["export", str(run), out]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_spoilt_plain_folder_is_refused_by_name(trained, tmp_path):
+    foreign.send(trained[0], str(tmp_path / "out"), "safetensors", say=quiet)
+    path = tmp_path / "out" / "config.json"
+    told = json.loads(path.read_text())
+    for change, words in (
+        ({"version": 2}, "version = 2"),
+        ({"recipe": told["recipe"] | {"colour": 1}}, "unknown field 'colour'"),
+        ({"recipe": told["recipe"] | {"vocab": told["recipe"]["vocab"] | {"text": 400}}}, "has shape"),
+    ):
+        path.write_text(json.dumps(told | change))
+        with pytest.raises(UserError, match=words):
+            foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), say=quiet)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_image_tokenizer_alone_comes_back(tmp_path):
+    made = {n: torch.tensor(x) for n, x in checkpoints.pictures("").items()}
+    torch.save(made, tmp_path / "vqgan.ckpt")
+    foreign.bring(str(tmp_path / "vqgan.ckpt"), str(tmp_path / "run"), resolution=8, say=quiet)
+    foreign.send(tmp_path / "run", str(tmp_path / "out"), "safetensors", say=quiet)
+    foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), say=quiet)
+    first, second = (image.load(tmp_path / name / "image").params for name in ("run", "again"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
+    with pytest.raises(UserError, match="has no decoder/"):
+        foreign.send(tmp_path / "run", str(tmp_path / "hf"), "hf", say=quiet)
