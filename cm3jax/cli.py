@@ -349,6 +349,11 @@ class Edit:
     """Change a picture as an instruction says.
 
     cm3jax edit RUN photo.jpg "make the sky red"
+
+    cm3jax edit RUN photo.jpg "make the sky red" --guidance 7.5 --image_guidance 1.5
+
+    With --image_guidance, how much the picture weighs and how much the instruction does are two numbers; Chameleon's
+    public code edits with the above.
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]

@@ -422,7 +422,7 @@ class Bank:
 
     splits: tuple[str, ...] = ("train",)
     """Splits whose documents can be retrieved; validation and test are refused."""
-    held_out: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = later(())
     """Splits of whose documents no copy is ever retrieved; (): all that are not in `splits`."""
     search: Literal["flat", "ivf_pq", "hnsw", "mesh"] = "flat"
     """flat: every vector, on the host; ivf_pq, hnsw: faiss on the host (pip install 'cm3jax[retrieval]'); mesh: every
@@ -606,7 +606,7 @@ class Mask:
     without any, whole captions are hardly ever masked, which captioning and guidance need)."""
     captions: float = 0.0
     """Of those, the share that masks exactly one whole text (ours): short trainings learn to caption sooner."""
-    answers: float = 0.0
+    answers: float = later(0.0)
     """Of the documents that a task made, the share that masks exactly the fields that the task declares as its answer
     (ours: 0.5 in instruction tuning). A picture that ends its document is not moved: nothing is masked there."""
 

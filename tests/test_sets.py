@@ -13,6 +13,7 @@ from cm3jax import config
 from cm3jax.data import prepare, shards, sources
 from cm3jax.data.example import Bad, Example, Reject
 from cm3jax.data.sets import catalogue, item
+from cm3jax.tasks import table, templates
 from cm3jax.types import UserError
 from tests import broken
 
@@ -304,9 +305,12 @@ def test_prepare_reads_a_set(made):
         assert isinstance(example, Example) and example.group == found.group
         assert example.fields["task"] == found.task and example.fields["truth"] == found.truth
         assert example.split == {"val": "validation"}.get(split, split)
-        assert [part for part in example.parts if isinstance(part, str)] == [
-            t for t in example.fields["values"].values() if t
-        ]
+        assert templates.read(found.task, example.parts) is not None
+        text = "".join(part for part in example.parts if isinstance(part, str))
+        assert all(value in text for value in found.values.values() if isinstance(value, str))
+        assert {region.label for region in example.regions} == set(table.find(found.task).answer)
+    wordings = {example.fields["wording"] for example in examples}
+    assert len(wordings) == min(len(examples), len(table.find(items[0].task).templates))
     assert opened.fingerprint() == sources.open(config.Prepare(source=f"set:{name}:{folder}:{split}")).fingerprint()
 
 
@@ -628,15 +632,28 @@ def test_a_picture_outside_the_folder_is_never_opened(tmp_path):
     assert isinstance(bad, Reject) and bad.reason == "path leaves the folder" and isinstance(good, Example)
 
 
-def test_a_prepared_record_holds_the_task_its_texts_and_the_truth(tmp_path):
+def test_a_prepared_record_is_a_document_of_its_task_with_its_answers_and_the_truth(tmp_path):
     science_qa(tmp_path / "set")
     settings = config.Prepare(source=f"set:science_qa:{tmp_path / 'set'}:val", resolution=16, workers=1)
     prepare.prepare(settings, tmp_path / "out", progress=False)
     path = shards.files(tmp_path / "out")["validation"][0]
     record = shards.decode(shards.open_file(str(path)).read([0])[0])
     assert record.key == "val/5" and record.fields["task"] == "reasoning" and record.fields["truth"]["answer"] == 0
-    assert record.parts[2] == record.fields["values"]["options"] == "(A) West Virginia (B) Louisiana"
-    assert record.parts[5].shape == (16, 16, 3)
+    assert "Options: (A) West Virginia (B) Louisiana \n Answer: Let's think step-by-step: " in record.parts[0]
+    assert record.parts[1].shape == (16, 16, 3) and [r.label for r in record.regions] == ["explanation", "answer"]
+
+
+def test_an_item_without_an_answer_is_rejected_alone(tmp_path):
+    coco_captions(tmp_path)
+    path = tmp_path / CAPTIONS
+    value = json.loads(path.read_text())
+    for note in value["annotations"]:
+        if note["image_id"] == value["images"][0]["id"]:
+            note["caption"] = ""
+    write(path, value)
+    opened = sources.open(config.Prepare(source=f"set:coco_captions:{tmp_path}"))
+    bad, good = [found for job in opened.jobs(1) for found in opened.read(job)]
+    assert isinstance(bad, Reject) and bad.reason == "no answer" and isinstance(good, Example)
 
 
 @pytest.mark.parametrize(

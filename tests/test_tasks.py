@@ -176,6 +176,20 @@ def test_the_middle_stream_of_an_edit_keeps_the_picture_and_drops_the_instructio
     assert begins(causal_mask.mask(ids, stretches[2:3], VOCAB), middle, ids[stretches[3][0] :]) and hidden == (0,)
 
 
+@task
+@given(data=st.data())
+def test_drawing_has_a_middle_stream_where_a_picture_is_given(tokenizer, task, data):
+    one, found = table.TASKS[task], data.draw(values(task))
+    prompt = templates.prompt(task, asked(task, found), tokenizer, VOCAB)
+    pictures = [name for name in asked(task, found) if table.is_picture(name)]
+    if one.draws and pictures:
+        ids, hidden = templates.stream(task, found, tokenizer, VOCAB, pictures)
+        assert np.array_equal(prompt.pictured, ids) and prompt.pictured_hidden == hidden
+        assert len(prompt.unconditional) < len(ids) and not np.array_equal(ids, prompt.ids)
+    else:
+        assert prompt.pictured is None
+
+
 def test_locations_are_read_back_from_their_words():
     objects = [("red circle", (0.25, 0.5, 0.75, 1.0)), ("a, b", (0.0, 0.0, 1.0, 0.125))]
     words = templates.located(objects)

@@ -1,7 +1,7 @@
 """A public set in its published files: `set:NAME:FOLDER`, or `set:NAME:FOLDER:SPLIT` for one split of it.
 
-The values of an item become the parts of a document, in the order of its task's template; `fields` keep the task, the
-texts and the truth. A picture that is missing or broken costs its item only; a broken annotation file stops all.
+An item becomes a document of its task (`tasks.templates`), the wordings in turn; `fields` keep task, wording and truth.
+A picture that is missing or broken, or an empty answer, costs its item only; a broken annotation file stops all.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from cm3jax.data import example
 from cm3jax.data.example import Bad, Example, Reject
 from cm3jax.data.sets import catalogue, item
 from cm3jax.data.sets.item import Item
+from cm3jax.tasks import table, templates
 from cm3jax.types import UserError
 
 PREFIX = "set:"
@@ -49,23 +50,27 @@ class Sets:
 
     def read(self, job: list) -> Iterator[Example | Reject]:
         for split, first, stop in job:
-            for found in itertools.islice(catalogue.read(self.name, self.root, split, first), stop - first):
+            items = itertools.islice(catalogue.read(self.name, self.root, split, first), stop - first)
+            for turn, found in enumerate(items, first):
                 where = f"{self.name}/{split}:{found.key}"
                 try:
-                    yield self._example(found, where, split)
+                    yield self._example(found, where, split, turn)
                 except Bad as e:
                     yield e.reject(found.key, where)
 
-    def _example(self, found: Item, where: str, split: str) -> Example:
-        root = pathlib.Path(self.root)
-        parts = tuple(v if isinstance(v, str) else item.picture(v, root) for v in found.values.values() if v != "")
-        texts = {name: value for name, value in found.values.items() if isinstance(value, str)}
+    def _example(self, found: Item, where: str, split: str, turn: int) -> Example:
+        root, task = pathlib.Path(self.root), table.find(found.task)
+        values = {name: v if isinstance(v, str) else item.picture(v, root) for name, v in found.values.items()}
+        if empty := [name for name in task.answer if values[name] == ""]:
+            raise Bad("no answer", f"field {empty[0]!r} is empty")
+        parts, regions = templates.make(found.task, values, turn)
         held_out = example.split_name(split)
         return Example(
             f"{split}/{found.key}",
             parts,
             where,
-            {"task": found.task, "values": texts, "truth": found.truth},
+            {"task": found.task, "wording": turn % len(task.templates), "truth": found.truth},
+            regions=regions,
             group=found.group,
             license=found.license,
             source=found.source or self.name,

@@ -7,6 +7,7 @@
 `regions` say where the answer stands, for SFT to mask it: `document.marked` finds its ids. Imports no jax.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -126,9 +127,10 @@ def _check(task: table.Task, values: Values, names: Sequence[str]) -> None:
 def prompt(task: str, values: Values, tokenizer: Tokenizer, vocab: Vocab, n: int = 0) -> Prompt:
     """Return what asks for a task's answer: a prefix of what masking its document yields.
 
-    A picture is drawn behind all that stands before it; unconditional, without what the user gave. Words are filled
-    in: of several fields the first one is asked for, `following` then for the next. Unconditional, their part and all
-    behind it are masked, as `document.image_to_text` has it.
+    A picture is drawn behind all that stands before it; unconditional, without what the user gave; between the two,
+    where a picture is among that, with it and without the texts (arXiv 2405.09818's public code edits so). Words are
+    filled in: of several fields the first one is asked for, `following` then for the next. Unconditional, their part
+    and all behind it are masked, as `document.image_to_text` has it.
 
     Args:
       values: Of all fields but the answer's; pictures as image codes [n].
@@ -142,7 +144,11 @@ def prompt(task: str, values: Values, tokenizer: Tokenizer, vocab: Vocab, n: int
     if declared.draws:
         ids, hidden = stream(task, values, tokenizer, vocab, given, n)
         without, gone = stream(task, values, tokenizer, vocab, (), n)
-        return Prompt(task, ids, without, "image", EOD, hidden=hidden, unconditional_hidden=gone)
+        told = Prompt(task, ids, without, "image", EOD, hidden=hidden, unconditional_hidden=gone)
+        if not any(table.is_picture(name) for name in given):
+            return told
+        pictured, kept = stream(task, values, tokenizer, vocab, [x for x in given if table.is_picture(x)], n)
+        return dataclasses.replace(told, pictured=pictured, pictured_hidden=kept)
     first = vocab.sentinel(0)
     ids, without, gone, masked = [EOD], [EOD], (), False
     for template in _wording(declared, n):
@@ -162,8 +168,7 @@ def stream(
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """Return one stream of guidance towards a picture: parts that hold a field not in `keep` are masked.
 
-    All fields kept: the prompt. None: its unconditional stream. Of "edit", ("image",): the stream between (arXiv
-    2405.09818's public code guides editing by three).
+    All fields kept: the prompt. None: its unconditional stream. The pictures: the stream between.
 
     Returns:
       ids: uint16 [t], up to the <break> before the picture.
