@@ -248,16 +248,16 @@ class VQGAN:
     """Decay of codebook updates by moving averages; 0: by gradient."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters are float32."""
-    latents: int = 0
+    latents: int = later(0)
     """Channels that the encoder ends and the decoder begins with, before and behind the codes' own two convolutions;
     0: z. Published codes of few dimensions (LlamaGen's 8) lie between 256."""
-    quantizer: Literal["nearest", "cosine", "argmax"] = "nearest"
+    quantizer: Literal["nearest", "cosine", "argmax"] = later("nearest")
     """nearest: the code at the least distance. For imported weights only: cosine: the same, latents and codes scaled to
     length 1 at each use (LlamaGen); argmax: the code of the highest score by one more convolution (DALL-E's and
     taming's Gumbel softmax, without its noise)."""
-    shortcut_kernel: int = 1
+    shortcut_kernel: int = later(1)
     """Of the convolution beside a residual block that changes the channels: 1 or 3."""
-    decoder: bool = True
+    decoder: bool = later(True)
     """False: pictures become codes, and codes no pictures, as in Chameleon's own files. For imported weights only."""
 
     def __post_init__(self):
@@ -870,6 +870,7 @@ class Recipe:
             ("decoder.packing.opening", self.decoder.packing.opening, self.form.begin),
             ("decoder.packing.picture", self.decoder.packing.picture, 0),
             ("decoder.mask.spans", self.decoder.mask.spans, 0),
+            ("decoder.mask.answers", self.decoder.mask.answers, 0),
             ("retrieve", self.retrieve, False),
         ):
             if found != wanted:
@@ -922,24 +923,6 @@ def from_json(cls, data, where: str = ""):
     if not isinstance(data, cls) or (cls is not bool and isinstance(data, bool)):
         raise UserError(f"{where} = {json.dumps(data)}: expected {cls.__name__}")
     return data
-
-
-def settle(old, new, kind) -> Any:
-    """Return JSON `old` with those fields of dataclass `kind` that it lacks and `new` has at their defaults.
-
-    What was made before a setting existed was made as its default does it: the two are the same.
-    """
-    if dataclasses.is_dataclass(kind) and isinstance(old, dict) and isinstance(new, dict):
-        found, hints = dict(old), typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            if field.name in old and field.name in new:
-                found[field.name] = settle(old[field.name], new[field.name], hints[field.name])
-            elif field.name in new and new[field.name] == (default := to_json(field.default)):
-                found[field.name] = default
-        return found
-    if typing.get_origin(kind) is tuple and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [settle(a, b, typing.get_args(kind)[0]) for a, b in zip(old, new, strict=True)]
-    return old
 
 
 def digest(*things) -> str:

@@ -110,7 +110,6 @@ def image(recipe: Recipe, run: pathlib.Path) -> None:
         hooks=sampled(stage.training, hooks.reconstructions, recipe, run),
         name="image",
         meta={"data": stages.read(prepared).result, "model": config.to_json(stage.model)},
-        defaults={"model": config.to_json(config.VQGAN())},
     )
     weights = hosts.whole(vqgan.averaged(state))
     if hosts.lead():
@@ -187,7 +186,6 @@ def retriever(recipe: Recipe, run: pathlib.Path) -> None:
         run / "retriever",
         name="retriever",
         meta={"data": stages.read(prepared).result, "model": config.to_json(stage.model)},
-        defaults={"model": config.to_json(config.CLIP())},
     )
     weights = hosts.whole(clip.averaged(state))
     if hosts.lead():
@@ -314,7 +312,6 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         hooks=sampled(stage.training, hooks.drawings, recipe, run),
         name="decoder",
         meta=meta,
-        defaults={"model": config.to_json(config.Decoder())},
         weights=(lambda target: checkpoint.load_params(start, target=target)) if stage.start else None,
     )
 

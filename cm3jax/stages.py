@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 
-from cm3jax import config
 from cm3jax.types import UserError
 
 FILE = "stage.json"
@@ -108,9 +107,9 @@ def flatten(settings, where: str = "") -> dict[str, Any]:
 def differences(old, new) -> list[tuple[str, Any, Any]]:
     """Return (field, old value, new value) of every significant setting that differs; an absent one is "(absent)".
 
-    A setting that the old ones lack, since the program had no such setting then, and that now has its default, is none.
+    A setting of `config.later` at its default is in neither, so that what was made before it existed is not stale.
     """
-    old, new = flatten(significant(config.settle(old, new, config.Recipe))), flatten(significant(new))
+    old, new = flatten(significant(old)), flatten(significant(new))
     pairs = [(name, old.get(name, "(absent)"), new.get(name, "(absent)")) for name in {**old, **new}]
     return [(name, a, b) for name, a, b in pairs if a != b]
 

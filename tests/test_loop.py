@@ -51,12 +51,9 @@ def compile_each_task_once():
         yield compile
 
 
-def run(
-    folder, hooks=(), batches=toy.batches, meta=None, evaluation=toy.eval_batches, hidden=toy.HIDDEN, defaults=None,
-    **changes,
-):  # fmt: skip
-    training, told = toy.training(**{"mesh": CUBE, **changes}), {"meta": meta, "defaults": defaults}
-    return loop.train(toy.task(training, hidden=hidden), batches, evaluation, training, folder, hooks, **told)
+def run(folder, hooks=(), batches=toy.batches, meta=None, evaluation=toy.eval_batches, hidden=toy.HIDDEN, **changes):
+    training = toy.training(**{"mesh": CUBE, **changes})
+    return loop.train(toy.task(training, hidden=hidden), batches, evaluation, training, folder, hooks, meta=meta)
 
 
 def equal(a, b, **tolerance):
@@ -247,17 +244,6 @@ def test_a_run_whose_meta_changed_names_the_field(tmp_path):
         run(tmp_path, meta={"model": {"width": 16}, "plan": "abc"}, mesh=ONE, batch=32)
     with pytest.raises(UserError, match="made with plan = 'abc', this run has None"):
         run(tmp_path, meta={"model": {"width": 16}}, mesh=ONE)
-
-
-def test_a_checkpoint_older_than_a_setting_goes_on_if_the_setting_has_its_default(tmp_path):
-    defaults = {"model": {"width": 8, "depth": 2, "gone": 5}}
-    with pytest.raises(Stop):
-        run(tmp_path, [(2, stop)], meta={"model": {"width": 16}}, defaults=defaults, mesh=ONE)
-    with pytest.raises(UserError, match=r"made with model.depth = 2, this run has 3"):
-        run(tmp_path, meta={"model": {"width": 16, "depth": 3}}, defaults=defaults, mesh=ONE)
-    with pytest.raises(UserError, match=r"made with model.width = 16, this run has 8"):
-        run(tmp_path, meta={"model": {"width": 8, "depth": 2}}, defaults=defaults, mesh=ONE)
-    run(tmp_path, meta={"model": {"width": 16, "depth": 2}}, defaults=defaults, mesh=ONE)
 
 
 def test_a_checkpoint_past_the_last_step_is_refused(interrupted):

@@ -49,7 +49,6 @@ def train(
     name: str = "train",
     meta: dict[str, Any] | None = None,
     devices=None,
-    defaults: dict[str, Any] | None = None,
     weights: Callable[[Any], Any] | None = None,
 ) -> states.TrainState:
     """Train to `training.steps`, from the latest checkpoint in `folder` if there is one; return the final state.
@@ -65,7 +64,6 @@ def train(
       name: Names the random stream and the progress bar.
       meta: JSON values that must be the same when a run continues: hashes of the config and of the data plan.
       devices: Devices of the mesh; None: all.
-      defaults: What values of `meta` were where a checkpoint lacks them, since it is older than the setting.
       weights: Tree of `jax.ShapeDtypeStruct` with shardings -> parameters to begin with; None: the task's own.
 
     Raises:
@@ -79,7 +77,7 @@ def train(
     manager = checkpoint.open(folder, training.keep, say=lambda line: metrics.say(f"{name}: {line}"))
     identity = {"name": name, "seed": training.seed, "batch": training.batch, **(meta or {})}
     try:
-        state, start, seconds = _begin(compiled, manager, training, identity, defaults or {}, weights)
+        state, start, seconds = _begin(compiled, manager, training, identity, weights)
         run = _Run(compiled, training, manager, folder, hooks, name, eval_batches, identity, state, start, seconds)
         with _Signals() as signals:
             return run.train(batches, signals)
@@ -160,7 +158,7 @@ def check_batch(training: configs.Training, mesh) -> None:
 
 
 def _begin(
-    compiled: Compiled, manager, training: configs.Training, identity, defaults, weights
+    compiled: Compiled, manager, training: configs.Training, identity, weights
 ) -> tuple[states.TrainState, int, float]:
     """Return the state to go on from, its step and the seconds trained so far."""
     damage = None
@@ -169,7 +167,7 @@ def _begin(
     for step in checkpoint.candidates(manager):
         try:
             saved = checkpoint.load_meta(manager, step)
-            _check_identity(manager.directory, step, saved["identity"], identity, training, defaults)
+            _check_identity(manager.directory, step, saved["identity"], identity, training)
             return checkpoint.restore(manager, step, compiled.abstract), step, saved["seconds"]
         except checkpoint.Damaged as e:
             damage = e
@@ -191,10 +189,9 @@ def _given(compiled: Compiled, weights) -> states.TrainState:
     return state.replace(extra={**state.extra, "ema": jax.tree.map(jnp.copy, state.params)}) if averaged else state
 
 
-def _check_identity(folder, step: int, saved, now, training: configs.Training, defaults) -> None:
+def _check_identity(folder, step: int, saved, now, training: configs.Training) -> None:
     """Raise unless the run that saved a checkpoint was this one."""
     saved, now = _flat(saved), _flat(now)
-    saved = {name: value for name, value in _flat(defaults).items() if name in now} | saved
     for key in sorted(set(saved) | set(now)):
         if saved.get(key) != now.get(key):
             raise UserError(
