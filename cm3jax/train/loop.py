@@ -158,7 +158,7 @@ def check_batch(training: configs.Training, mesh) -> None:
 
 
 def _begin(
-    compiled: Compiled, manager, training: configs.Training, identity, weights
+    compiled: Compiled, manager, training: configs.Training, identity, weights=None
 ) -> tuple[states.TrainState, int, float]:
     """Return the state to go on from, its step and the seconds trained so far."""
     damage = None
