@@ -2,7 +2,8 @@
 # Sourced by quickstart.sh and test.sh: one virtual environment, .venv/ at the root of the repository.
 #
 #   setup NAME [EXTRAS]   installs cm3jax (with pyproject.toml's EXTRAS) in the versions of requirements.lock,
-#                         unless the same was done before; NAME is "core" or "test", and "test" includes "core".
+#                         unless the same was done before; NAME is "core" or "test", and "test" includes "core" and
+#                         the programs of tests/references.txt.
 
 fail() {
     echo "$0: $*" >&2
@@ -39,12 +40,17 @@ make_venv() {
 setup() {
     local name=$1 extras=${2:-} stamp
     [ -x .venv/bin/python ] || make_venv
-    stamp=$(cat requirements.txt requirements.lock pyproject.toml | .venv/bin/python -c \
+    stamp=$(cat requirements.txt requirements.lock pyproject.toml tests/references.txt | .venv/bin/python -c \
         'import hashlib, os, sys; print(hashlib.sha256(sys.stdin.buffer.read() + os.getcwd().encode()).hexdigest())')
     [ "$(cat ".venv/.installed-$name" 2>/dev/null)" = "$stamp" ] && return
     echo "Installing cm3jax${extras:+[$extras]} into .venv; once, a few minutes" >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".${extras:+[$extras]}" ||
         fail "the installation failed; its last lines above say why, and running this again continues"
+    if [ "$name" = test ]; then
+        rm -rf .venv/references
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/references \
+            -r tests/references.txt || fail "the installation of tests/references.txt failed; run this again"
+    fi
     echo "$stamp" >.venv/.installed-core
     echo "$stamp" >".venv/.installed-$name"
 }

@@ -2,14 +2,18 @@
 
 PyPI's torchvision carries kernels for CUDA, which do not load beside a CPU build of torch, and then its import fails at
 two operators that it describes without asking. Its networks are plain Python: the operators are declared, not defined.
+All of it lies apart (references.txt), so that only who imports this module finds it.
 """
 
 import importlib
 import importlib.util
 import pathlib
+import sys
 
 import numpy as np
 import torch
+
+sys.path.append(str(pathlib.Path(sys.prefix) / "references"))
 
 OPERATORS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",)
 OPERATORS += ("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",)
