@@ -267,7 +267,7 @@ def infill_image(
     prompt = join(start, ids[:first], sentinel, ids[last + 1 :], EOD, sentinel)
     without = join(EOD, before, sentinel, BREAK, ids[:first])
     known = np.where(region, -1, ids.astype(np.int64))[first : last + 1]
-    return Prompt("infill_image", prompt, without, "image", EOSS, known, (len(known),), (0,), len(before))
+    return Prompt("infill_image", prompt, without, "image", EOSS, known, (len(known),), (0,), retrieved=len(before))
 
 
 def continuation(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab, closed: bool = False) -> Prompt:
