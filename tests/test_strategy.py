@@ -175,7 +175,7 @@ def test_the_dropout_belongs_to_the_document_and_not_to_its_place(world):
     arguments = made, search.Flat(made), FAKE, configs.Neighbours(dropout=0.5)
     forth = neighbours.find(found["test"], "test", 0, *arguments)
     back = neighbours.find(found["test"][::-1], "test", 0, *arguments)
-    # of copies, whose vectors are equal, rounding decides which one it is: a product's last bit depends on the row's place
+    # of copies, whose vectors are equal, rounding decides which one it is: a product's last bit depends on the place
     assert np.array_equal(made.vectors(forth), made.vectors(back[::-1]))
     other = neighbours.find(found["test"], "test", 0, *arguments[:3], configs.Neighbours(dropout=0.5, seed=1))
     assert not np.array_equal(forth, other)
