@@ -756,6 +756,8 @@ class Plan:
     """What to compile: the train step, or prefill and the decode loop."""
     rows: int = 0
     """--for sample: pictures drawn at one time; 0: one a chip."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """--for sample: that the weights are kept in; imported ones keep their file's."""
     search: bool = False
     """If it does not fit, try changes, the cheapest first, until one does."""
     json: bool = False
@@ -771,7 +773,7 @@ class Plan:
         if self.config == PUBLISHED:
             return show.published()
         if self.use == "sample":
-            return show.sampling(self.recipe, self.topology, self.slices, self.rows, self.json)
+            return show.sampling(self.recipe, self.topology, self.slices, self.rows, self.dtype, self.json)
         return show.training(self.recipe, self.topology, self.slices, self.search, self.json)
 
 

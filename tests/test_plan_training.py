@@ -210,3 +210,5 @@ def test_prefill_and_decode_are_compiled_for_a_slice():
     assert plan.fits and plan.tokens == 8 * 64
     assert list(plan.to_json()) == KEYS
     assert "512 codes drawn" in table.text(plan)
+    half = sampling.plan(SMALL, TARGET, 8, "bfloat16")
+    assert half.fits and plan.state == 2 * half.state and half.total < plan.total

@@ -19,18 +19,20 @@ GUIDED = Sampling(guidance=3.0)
 """Two streams, as the paper's figures have them (arXiv 2309.02591 §3.1)."""
 
 
-def plan(recipe: Recipe, target: slices.Slice, rows: int = 0) -> Plan:
+def plan(recipe: Recipe, target: slices.Slice, rows: int = 0, dtype: str = "float32") -> Plan:
     """Compile drawing a batch of pictures with guidance, and read off what it needs.
 
     Args:
       rows: Pictures drawn at one time; 0: one for each chip that rows are split over.
+      dtype: That the weights are kept in.
 
     Raises:
       UserError: if the slice is not known, or the rows or the model do not divide over it.
     """
     devices = compiler.devices(target)
     step = programs.step(recipe.decoder, recipe.vocab, devices)
-    mesh, params = step.mesh, step.compiled.abstract.params
+    mesh = step.mesh
+    params = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), step.compiled.abstract.params)
     data = mesh.shape["replica"] * mesh.shape["fsdp"]
     rows = rows or data
     if rows % data:
@@ -50,11 +52,11 @@ def plan(recipe: Recipe, target: slices.Slice, rows: int = 0) -> Plan:
         flops=_flops(recipe, rows, codes),
         tokens=rows * codes,
     )
-    lower = lambda: _lower(recipe, step, rows, codes)  # noqa: E731
+    lower = lambda: _lower(recipe, step, params, rows, codes)  # noqa: E731
     return known.compiled(lower, mesh, lambda found: _terms(known, mesh, found, codes, cache))
 
 
-def _lower(recipe: Recipe, step: programs.Step, rows: int, codes: int) -> jax.stages.Lowered:
+def _lower(recipe: Recipe, step: programs.Step, params, rows: int, codes: int) -> jax.stages.Lowered:
     vocab, mesh, streams = recipe.vocab, step.mesh, decode.streams(GUIDED)
 
     def array(dtype, *shape: int | str) -> jax.ShapeDtypeStruct:
@@ -87,7 +89,7 @@ def _lower(recipe: Recipe, step: programs.Step, rows: int, codes: int) -> jax.st
             grammar.pictures(vocab, vocab.text, codes),
             decode.kind(GUIDED),
             codes,
-            step.compiled.abstract.params,
+            params,
             prompts,
             grammar.State(*(array(ints, "b") for _ in grammar.State._fields)),
             settings,
@@ -112,9 +114,9 @@ def _flops(recipe: Recipe, rows: int, codes: int) -> costs.Flops:
 
 
 def _terms(plan: Plan, mesh, found: list[hlo.Collective], codes: int, cache: costs.Number) -> estimate.Terms:
-    """Return the seconds of a batch: each token reads the weights (float32 as stored) and the whole cache."""
+    """Return the seconds of a batch: each token reads the weights and the whole cache."""
     chip, chips = plan.target.chip, mesh.size
-    weights = 4 * plan.params / mesh.shape["tensor"]
+    weights = plan.state * mesh.shape["fsdp"]  # a chip gathers what fsdp has split
     return estimate.Terms(
         matrices=plan.flops.model / chips / chip.flops,
         attention=plan.flops.attention / chips / chip.flops,

@@ -24,9 +24,9 @@ def training(recipe: Recipe, topology: str, count: int, search: bool, as_json: b
     return 0 if plan.fits else 1
 
 
-def sampling(recipe: Recipe, topology: str, count: int, rows: int, as_json: bool) -> int:
+def sampling(recipe: Recipe, topology: str, count: int, rows: int, dtype: str, as_json: bool) -> int:
     """Plan drawing a batch of pictures and print it; return 0 if it fits, 1 if not."""
-    plan = drawing.plan(recipe, slices.parse(topology, count), rows)
+    plan = drawing.plan(recipe, slices.parse(topology, count), rows, dtype)
     print(json.dumps(plan.to_json()) if as_json else table.text(plan))
     return 0 if plan.fits else 1
 
