@@ -21,7 +21,7 @@ from cm3jax import bench, sharding, trees
 from cm3jax import config as configs
 from cm3jax import vocab as vocabulary
 from cm3jax.interop import chameleon, chameleon_vocab
-from cm3jax.nn import decoder
+from cm3jax.nn import decoder, flops
 from cm3jax.sample import decode, grammar
 from cm3jax.types import UserError
 
@@ -173,8 +173,7 @@ def needed(model: configs.Decoder, vocab: vocabulary.Vocab, codes: int, batch: i
 
 def cache_bytes(model: configs.Decoder, codes: int, batch: int) -> int:
     """Return the bytes of the cache of two streams."""
-    values = 2 * model.layers * (model.kv_heads or model.heads) * model.head_width
-    return 2 * batch * (PROMPT - 1 + codes) * values * jnp.dtype(model.dtype).itemsize
+    return 2 * batch * (PROMPT - 1 + codes) * flops.cached(model) * jnp.dtype(model.dtype).itemsize
 
 
 def read_bytes(model: configs.Decoder, vocab: vocabulary.Vocab, codes: int, batch: int) -> int:

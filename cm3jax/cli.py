@@ -38,8 +38,8 @@ class Prepare:
     """Decode and crop a data source into records of one size, in OUT/prepared/."""
 
     source: Positional[Annotated[str, arg(metavar="SOURCE")]]
-    """scenes:easy, :full, :rare, :tasks, tfds:NAME, a folder with metadata.jsonl/.csv, or WebDataset tars (braces
-    allowed)."""
+    """scenes:easy, :full, :rare, :tasks, tfds:NAME, set:NAME:FOLDER (a public set's files), a folder with
+    metadata.jsonl/.csv, or WebDataset tars (braces allowed)."""
     out: Positional[Annotated[str, arg(metavar="OUT")]]
     """Run folder to write to."""
     prepare: Annotated[configs.Prepare, flags.FLAT] = configs.Prepare()

@@ -146,7 +146,7 @@ def _image(found: sources.Source, name: str, resolution: int) -> Plan:
     sources.floating(_taken(found.image, network), found.path)
     room = LIMIT - len(SPECIALS) - network.codes - Vocab.sentinels  # the default text vocabulary may not fit beside it
     vocab = Vocab(text=max(1, min(Vocab.text, room)), image=network.codes)
-    return Plan(_with_pictures(config.Recipe(name=name, vocab=vocab), network), image=network)
+    return Plan(vqgan.with_settings(config.Recipe(name=name, vocab=vocab), network), image=network)
 
 
 def _plain(found: sources.Source, name: str) -> Plan:
@@ -166,15 +166,6 @@ def _plain(found: sources.Source, name: str) -> Plan:
 
 PARTS = {"text": text.load, "image": image.load, "retriever": encoder.load}
 """Folders of a run that are files for others as they are, and what opens them."""
-
-
-def _with_pictures(recipe: config.Recipe, network: vqgan.Network) -> config.Recipe:
-    """Return a recipe with an image tokenizer's settings."""
-    return dataclasses.replace(
-        recipe,
-        prepare=dataclasses.replace(recipe.prepare, resolution=network.resolution),
-        image=dataclasses.replace(recipe.image, model=network.model),
-    )
 
 
 def _taken(tensors: dict[str, mapped.Tensor], network: vqgan.Network) -> dict[str, mapped.Tensor]:
@@ -236,7 +227,7 @@ def _chameleon(found: sources.Source, name: str, resolution: int) -> Plan:
             z_loss=1e-5,  # arXiv 2405.09818 §2.4
         ),
     )
-    return Plan(_with_pictures(recipe, pictures), params, order, pictures)
+    return Plan(vqgan.with_settings(recipe, pictures), params, order, pictures)
 
 
 def _form(found: sources.Source, order: chameleon_vocab.Order) -> config.Form:

@@ -11,6 +11,7 @@ import pathlib
 import resource
 import tempfile
 import time
+import types
 
 import numpy as np
 from PIL import Image
@@ -70,11 +71,6 @@ def drawn():
     return features.Network(about, 2048, resize.pytorch_fid, apply, params, 64, devices)
 
 
-class Tools:
-    def __init__(self, inception):
-        self.inception = inception
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("count", type=int)
@@ -88,7 +84,7 @@ def main():
         folder = pathlib.Path(folder)
         pictures = fill(folder / "drawn", given.count)
         np.savez(folder / "real.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-        tools = Tools(drawn() if given.inception else cheap())
+        tools = types.SimpleNamespace(inception=drawn() if given.inception else cheap())
         start, before = time.monotonic(), peak()
         files = folder / "real.npz", config.Score(), folder / "r.json", folder / "cache"
         found = score.score(pictures, *files, say=lambda line: None, tools=tools)

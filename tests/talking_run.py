@@ -1,18 +1,9 @@
 """A small run of Chameleon's form with random weights: what an import leaves, for the tests of its use."""
 
-import json
+import random_run
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from cm3jax import checkpoint
 from cm3jax import config as configs
 from cm3jax.interop import chameleon
-from cm3jax.nn import decoder, vqgan
-from cm3jax.tokenizers import image as images
-from cm3jax.tokenizers import text as texts
 from cm3jax.vocab import Vocab
 
 VOCAB = Vocab(text=300, image=16, sentinels=4, multiple=8)
@@ -33,21 +24,6 @@ RECIPE = configs.Recipe(
 )
 
 
-def random(shapes, seed):
-    draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(0.4 * draw.standard_normal(x.shape, np.float32)), nn.unbox(shapes))
-
-
 def make(run):
     """Write recipe.json, text/, image/ and decoder/ into a folder; return it."""
-    (run / "recipe.json").write_text(json.dumps(configs.to_json(RECIPE)))
-    texts.train(["a red circle", "a blue square", "two green dots"] * 3, VOCAB.text, run / "text" / "tokenizer.model")
-    net = vqgan.VQGAN(NET, VOCAB.image)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
-    images.save(run / "image", NET, VOCAB.image, SIDE, random(shapes, 1))
-    model = decoder.Decoder(MODEL, VOCAB.size, LENGTH)
-    params = random(jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0)), 2)
-    manager = checkpoint.open(run / "decoder")
-    checkpoint.save(manager, 0, {"step": jnp.int32(0), "params": params, "opt_state": {}, "extra": {}}, {})
-    manager.close()
-    return run
+    return random_run.make(run, RECIPE, ["a red circle", "a blue square", "two green dots"] * 3, scale=0.4, step=0)

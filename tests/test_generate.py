@@ -1,22 +1,18 @@
 """Laws of prompts in, pictures and text out; tiny models with random weights."""
 
 import dataclasses
-import json
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_run
 
-from cm3jax import checkpoint
 from cm3jax import config as configs
 from cm3jax.data import packing
-from cm3jax.nn import decoder, vqgan
+from cm3jax.nn import decoder
 from cm3jax.sample import decode, generate, grammar
 from cm3jax.tokenizers import document
 from cm3jax.tokenizers import image as images
-from cm3jax.tokenizers import text as texts
 from cm3jax.types import UserError
 from cm3jax.vocab import Vocab
 
@@ -33,26 +29,12 @@ RECIPE = configs.Recipe(
 GUIDED = configs.Sampling(method="mixture", temperature=0.9, top_p=0.95, guidance=2.0)
 
 
-def random(shapes, seed):
-    draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(0.5 * draw.standard_normal(x.shape, np.float32)), nn.unbox(shapes))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's folder, with what `load` needs and nothing else."""
-    run = tmp_path_factory.mktemp("run")
-    (run / "recipe.json").write_text(json.dumps(configs.to_json(RECIPE)))
-    texts.train(["a red circle", "a blue square", "two green dots"] * 3, VOCAB.text, run / "text" / "tokenizer.model")
-    net = vqgan.VQGAN(NET, VOCAB.image)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))["params"]
-    images.save(run / "image", NET, VOCAB.image, SIDE, random(shapes, 1))
-    model = decoder.Decoder(MODEL, VOCAB.size, LENGTH)
-    params = random(jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0)), 2)
-    manager = checkpoint.open(run / "decoder")
-    checkpoint.save(manager, 3, {"step": jnp.int32(3), "params": params, "opt_state": {}, "extra": {}}, {})
-    manager.close()
-    return run
+    return random_run.make(
+        tmp_path_factory.mktemp("run"), RECIPE, ["a red circle", "a blue square", "two green dots"] * 3
+    )
 
 
 @pytest.fixture(scope="module")

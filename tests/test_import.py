@@ -162,7 +162,7 @@ def test_copies_of_a_norm_that_differ_become_their_mean():
 @pytest.mark.parametrize(("heads", "width"), [(1, 2), (3, 6), (4, 8)])
 def test_pairs_of_rows_come_back(heads, width):
     x = np.arange(heads * width * 3).reshape(heads * width, 3)
-    assert np.array_equal(meta.paired(meta.halved(x, heads), heads), x)
+    assert np.array_equal(checkpoints.neighbours(meta.halved(x, heads), heads), x)
     one = np.arange(width)
     assert meta.halved(one, 1).tolist() == [*range(0, width, 2), *range(1, width, 2)]
 

@@ -326,7 +326,7 @@ def test_attention_by_resolution_is_attention_by_level():
 
 def test_the_settings_are_a_recipes():
     _, network, _ = found("Gumbel")
-    recipe = configs.from_json(configs.Recipe, vqgan.settings(network))
+    recipe = vqgan.with_settings(configs.Recipe(), network)
     assert (recipe.image.model, recipe.vocab.image, recipe.prepare.resolution) == network[:3]
 
 

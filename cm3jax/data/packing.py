@@ -245,6 +245,32 @@ def with_answers(
     return together[np.argsort(together[:, 0], kind="stable")]
 
 
+def to_move(
+    plan: Plan,
+    r: int,
+    tokens: Tokens,
+    ids: np.ndarray,
+    document: np.ndarray,
+    vocab: Vocab,
+    mask: Mask,
+    packing: Packing,
+    seed: int,
+    names: tuple[str, str],
+    epoch: int,
+) -> np.ndarray:
+    """Return the spans to move in row r: by the CM3 law, and in a share `mask.answers` exactly the answers.
+
+    Args:
+      ids, document: As from `read`.
+      names: Of the random streams, of the law and of who masks its answers.
+    """
+    spans = draw_spans(ids, vocab, mask, packing, stream(seed, names[0], epoch, r))
+    if not mask.answers:
+        return spans
+    found, rng = answers(plan, r, tokens, packing), stream(seed, names[1], epoch, r)
+    return with_answers(spans, document, found, vocab, mask, packing, rng)
+
+
 def masked(
     ids: np.ndarray,
     document: np.ndarray,

@@ -105,11 +105,8 @@ class Batches:
         _, stage, vocab, _, _ = self._arguments
         (plan, tokens), epoch, r = self.epochs.locate(g)
         ids, owner, shown = packing.read(plan, r, tokens, stage.packing)
-        rng = packing.stream(stage.training.seed, "mask", epoch, r)
-        spans = packing.draw_spans(ids, vocab, stage.mask, stage.packing, rng)
-        if stage.mask.answers:
-            rng, found = packing.stream(stage.training.seed, "answers", epoch, r), (plan, r, tokens, stage.packing)
-            spans = packing.with_answers(spans, owner, packing.answers(*found), vocab, stage.mask, stage.packing, rng)
+        draw = stage.training.seed, ("mask", "answers"), epoch
+        spans = packing.to_move(plan, r, tokens, ids, owner, vocab, stage.mask, stage.packing, *draw)
         return ids, owner, spans, shown
 
 
@@ -190,12 +187,8 @@ def eval_batches(
         if r >= len(plan):
             return packing.EMPTY
         ids, owner, shown = packing.read(plan, r, tokens, stage.packing)
-        rng = packing.stream(stage.eval_mask_seed, "evaluate", 0, r)
-        spans = packing.draw_spans(ids, vocab, mask, stage.packing, rng)
-        if mask.answers:
-            rng, found = packing.stream(stage.eval_mask_seed, "evaluate answers", 0, r), (plan, r, tokens)
-            asked = packing.answers(*found, stage.packing)
-            spans = packing.with_answers(spans, owner, asked, vocab, mask, stage.packing, rng)
+        draw = stage.eval_mask_seed, ("evaluate", "evaluate answers"), 0
+        spans = packing.to_move(plan, r, tokens, ids, owner, vocab, mask, stage.packing, *draw)
         return packing.masked(ids, owner, spans, vocab, stage.packing, shown)
 
     batch = stage.training.batch
@@ -214,12 +207,9 @@ def fingerprint(tokens: Tokens, stage: DecoderStage, vocab: Vocab) -> str:
     more = [tokens.mix] if tokens.mix else []
     if own := retrieving(tokens):
         more += [own.fingerprint(), stage.retrieved]
-    mask = configs.to_json(stage.mask)
-    if not stage.mask.answers:  # what was trained before there were tasks has the fingerprint that it had
-        mask.pop("answers", None)
-    elif len(tokens.marks):
+    if stage.mask.answers and len(tokens.marks):
         more.append(hashlib.sha256(tokens.marks.astype("<i4").tobytes()).hexdigest())
-    return configs.digest(lengths, stage.packing, mask, vocab, stage.training.batch, stage.training.seed, *more)
+    return configs.digest(lengths, stage.packing, stage.mask, vocab, stage.training.batch, stage.training.seed, *more)
 
 
 def retrieving(tokens: Tokens) -> retrieved.Retrieving | None:

@@ -344,8 +344,7 @@ def _names() -> dict[str, tuple[str, str, str, str]]:
     rng = np.random.default_rng(20230905)
     syllables = [a + b for a in CONSONANTS for b in VOWELS]
     names = rng.permutation([a + b for a in syllables for b in syllables])[: MET + NEW].tolist()
-    looks = {name: _look(rng, _SHOWN[rng.integers(len(_SHOWN))], two=True) for name in names}
-    return looks
+    return {name: _look(rng, _SHOWN[rng.integers(len(_SHOWN))], two=True) for name in names}
 
 
 def _look(rng: np.random.Generator, pair: tuple[str, str], two: bool) -> tuple[str, str, str, str]:

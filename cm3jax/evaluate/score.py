@@ -23,11 +23,11 @@ import numpy as np
 from cm3jax import config as configs
 from cm3jax.data import metadata, sources_folder
 from cm3jax.data.example import Bad
-from cm3jax.evaluate import clip_score, features, frechet, kernel, lpips, manifold, picture_files, tables
+from cm3jax.evaluate import clip_score, features, frechet, kernel, lpips, manifold, picture_files, results, tables
 from cm3jax.evaluate import pictures as closeness
 from cm3jax.interop import tensors
 from cm3jax.retrieval import encoder as encoders
-from cm3jax.stages import flatten, write_text
+from cm3jax.stages import write_text
 from cm3jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -131,7 +131,7 @@ class Side:
         if not about:
             file = tensors.checksum(self.path)[:16]
             return found, {"count": None, "data": f"statistics of unknown protocol, SHA-256 {file}"}
-        if differing := differences(about.get("features", {}), net.about):
+        if differing := results.differing([about.get("features", {}), net.about]):
             name, there, here = differing[0]
             raise UserError(
                 f"statistics {str(self.path)!r}: made with {name} = {there!r}, now {here!r}; make them again, or score"
@@ -405,9 +405,3 @@ def version(name: str) -> str:
         return packages.version(name)
     except packages.PackageNotFoundError:
         return "not installed"
-
-
-def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
-    """Return (field, value in a, value in b) wherever two protocols differ; an absent one is None."""
-    first, second = flatten(a), flatten(b)
-    return [(n, first.get(n), second.get(n)) for n in {**first, **second} if first.get(n) != second.get(n)]

@@ -111,15 +111,14 @@ def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dic
         drawn = answer(task, given, wording)
         known = [scenes_tasks.from_json(record.fields["truth"]) for record in found]
         judged = [score(truth, row) for truth, row in zip(known, drawn, strict=True)]
-        examples.setdefault(task, example(found[0], drawn[0], judged[0]))
+        examples.setdefault(task, example(found[0], values[0], drawn[0], judged[0]))
         truths, scores = truths + known, scores + judged
     return summary(truths, scores), [examples[task] for task in scenes_tasks.ORDER if task in examples]
 
 
-def example(record: Record, drawn: dict[str, Any], judged: Score) -> dict[str, Any]:
+def example(record: Record, values: dict[str, Any], drawn: dict[str, Any], judged: Score) -> dict[str, Any]:
     """Return what a page shows of one answer; "drawn" and "wanted" are pictures, or texts."""
     task = table.TASKS[record.fields["task"]]
-    values = templates.read(task.name, record.parts)
     one = lambda found: found[task.answer[0]] if task.draws else " ".join(found[name] for name in task.answer)  # noqa: E731
     given = [part for part in record.parts[: -1 if task.draws else None] if not isinstance(part, str)]
     said = " ".join(f"{name}: {value}" for name, value in values.items() if isinstance(value, str))

@@ -21,7 +21,7 @@ import numpy as np
 
 from cm3jax import config as configs
 from cm3jax import sharding
-from cm3jax.interop import chameleon_vocab
+from cm3jax.interop import chameleon_vocab, mapped
 from cm3jax.nn import decoder
 from cm3jax.types import UserError
 
@@ -236,11 +236,7 @@ def leaves(model: configs.Decoder, rows: int) -> dict[str, Leaf]:
 def compare(tensors: Tensors, wanted: dict[str, Leaf], where: str = "Chameleon") -> None:
     """Raise a UserError that names the first tensor which is not as the network has it."""
     shapes = {name: leaf.theirs for leaf in wanted.values() for name in leaf.names}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise UserError(f"{where}: no tensor {name!r}")
-        if (found := tuple(tensors[name].shape)) != shape:
-            raise UserError(f"{where}: {name} has shape {found}, must be {shape} by its config.json")
+    mapped.fit(tensors, shapes, where, " by its config.json")
     if "head" not in wanted and NAMES["head"] in tensors:  # written out beside what it is tied to
         if not np.array_equal(tensors[NAMES["head"]][:], tensors[NAMES["table"]][:]):
             raise UserError(f"{where}: {NAMES['head']} is not {NAMES['table']}; set tie_word_embeddings to false")

@@ -73,17 +73,13 @@ def load(path) -> tuple[dict[str, Any], str]:
         x = np.asarray(found.read(source.name), np.float32)
         if not np.isfinite(x).all():
             raise UserError(f"Inception weights {str(path)!r}: {source.name} has numbers that are not finite; {WANTED}")
-        params[place] = np.ascontiguousarray(x.transpose({1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[x.ndim]))
+        params[place] = np.ascontiguousarray(x.transpose(np.argsort(_turned(x.ndim))))
     return flax.traverse_util.unflatten_dict(params, sep="/"), tensors.digest(found)
 
 
 def compare(found: mapped.Tensors, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise a UserError that names the first tensor which is not as the network has it."""
     where = f"Inception weights {str(found.path)!r}"
-    for name, shape in shapes.items():
-        if name not in found.found:
-            raise UserError(f"{where}: no tensor {name!r}; {WANTED}")
-        if (given := found.found[name].shape) != shape:
-            raise UserError(f"{where}: {name} has shape {given}, must be {shape}; {WANTED}")
+    mapped.fit(found.found, shapes, where, fix=f"; {WANTED}")
     if extra := sorted(name for name in set(found.found) - set(shapes) if not NOT_WEIGHTS.fullmatch(name)):
         raise UserError(f"{where}: {mapped.short(extra[0])} is no tensor of it ({len(extra)} such); {WANTED}")

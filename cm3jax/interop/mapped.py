@@ -8,7 +8,7 @@ import dataclasses
 import math
 import pathlib
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,23 @@ def pages(path: pathlib.Path, start: int, size: int) -> np.ndarray:
         return np.asarray(np.memmap(path, np.uint8, "r", start, (size,)))
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: bytes {start:,} to {start + size:,} can no longer be read ({e})") from None
+
+
+def fit(
+    tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str, why: str = "", fix: str = ""
+) -> None:
+    """Raise a UserError that names the first tensor which is missing or has another shape.
+
+    Args:
+      shapes: Those that they must have, by name.
+      why: What says so.
+      fix: What to do about it.
+    """
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise UserError(f"{where}: no tensor {name!r}{fix}")
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise UserError(f"{where}: {name} has shape {found}, must be {shape}{why}{fix}")
 
 
 def counts(values: Any) -> bool:

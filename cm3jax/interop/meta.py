@@ -293,12 +293,6 @@ def halved(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, k // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def paired(x: np.ndarray, heads: int) -> np.ndarray:
-    """Return rows [heads * k, ...] with each head's pairs (i, i + k/2) moved to (2i, 2i + 1): undoes `halved`."""
-    k = x.shape[0] // heads
-    return x.reshape(heads, 2, k // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
-
-
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Return a JSON object; raises a UserError if the file holds none."""
     try:

@@ -67,11 +67,7 @@ def leaves(made: configs.Recipe) -> dict[str, chameleon.Leaf]:
 def compare(tensors: Mapping[str, mapped.Tensor], wanted: dict[str, chameleon.Leaf], where: str) -> None:
     """Raise a UserError that names the first tensor which is not as the recipe has it."""
     shapes = {name: leaf.theirs for leaf in wanted.values() for name in leaf.names}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise UserError(f"{where}: no tensor {name!r}")
-        if tensors[name].shape != shape:
-            raise UserError(f"{where}: {name} has shape {tensors[name].shape}, must be {shape} by its config.json")
+    mapped.fit(tensors, shapes, where, " by its config.json")
     if extra := sorted(set(tensors) - set(shapes)):
         raise UserError(f"{where}: {mapped.short(extra[0])} is no tensor of this decoder ({len(extra)} such)")
 

@@ -5,7 +5,7 @@
     params = vqgan.read(found, network)                         # what nn/vqgan and tokenizers/image take, float32
     again = dict(vqgan.tensors(params, network))                # the same names and layouts, bit for bit
     vqgan.save(folder, network, params)                         # image/ of a run: config.json, weights.safetensors
-    vqgan.settings(network)                                     # what the run's recipe must say
+    vqgan.with_settings(recipe, network)                        # what the run's recipe must say
     network.left                                                # names of tensors that were left out on purpose
 
 Two forms are known, each recognised by its tensors' names under one of `PREFIXES`:
@@ -315,13 +315,14 @@ def vq_config(network: Network) -> dict[str, Any]:
     }
 
 
-def settings(network: Network) -> dict[str, Any]:
-    """Return what the recipe of a run with this tokenizer says, as nested JSON that `config.from_json` reads."""
-    return {
-        "vocab": {"image": network.codes},
-        "prepare": {"resolution": network.resolution},
-        "image": {"model": configs.to_json(network.model)},
-    }
+def with_settings(recipe: configs.Recipe, network: Network) -> configs.Recipe:
+    """Return the recipe of a run with this tokenizer."""
+    return dataclasses.replace(
+        recipe,
+        vocab=dataclasses.replace(recipe.vocab, image=network.codes),
+        prepare=dataclasses.replace(recipe.prepare, resolution=network.resolution),
+        image=dataclasses.replace(recipe.image, model=network.model),
+    )
 
 
 def check(network: Network) -> None:
@@ -374,11 +375,7 @@ def compare(tensors: Tensors, network: Network, where: str = "image tokenizer") 
       UserError: naming the first tensor which is not as the network has it.
     """
     shapes = {leaf.name: leaf.theirs for leaf in leaves(network).values()}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise UserError(f"{where}: no tensor {name!r}")
-        if (found := tuple(tensors[name].shape)) != shape:
-            raise UserError(f"{where}: {name} has shape {found}, must be {shape} by the shapes of the others")
+    mapped.fit(tensors, shapes, where, " by the shapes of the others")
     scope = network.prefix if network.prefix == LANGUAGE_MODEL else ""
     others = sorted(name for name in set(tensors) - set(shapes) if name.startswith(scope))
     left = [name for name in others if LEFT.fullmatch(name) or (network.prefix == "ema." and name.startswith("model."))]

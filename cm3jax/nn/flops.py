@@ -34,6 +34,11 @@ def scores(config: configs.Decoder, seen: float | int) -> float | int:
     return 4 * seen * config.heads * config.head_width
 
 
+def cached(config: configs.Decoder) -> int:
+    """Return the numbers that a token leaves in the cache of a decoding: k and v of all layers."""
+    return 2 * config.layers * (config.kv_heads or config.heads) * config.head_width
+
+
 def contrastive(config: configs.CLIP, rows: int) -> float:
     """Return the model FLOPs of one training step of the retriever over `rows` pairs, counted as in `step`."""
     places = (config.resolution // config.patch) ** 2

@@ -100,8 +100,7 @@ def _lower(recipe: Recipe, step: programs.Step, params, rows: int, codes: int) -
 
 def _cache_bytes(recipe: Recipe, rows: int, slots: int) -> costs.Number:
     model = recipe.decoder.model
-    values = 2 * model.layers * (model.kv_heads or model.heads) * model.head_width
-    return decode.streams(GUIDED) * rows * slots * values * jnp.dtype(model.dtype).itemsize
+    return decode.streams(GUIDED) * rows * slots * flops.cached(model) * jnp.dtype(model.dtype).itemsize
 
 
 def _flops(recipe: Recipe, rows: int, codes: int) -> costs.Flops:

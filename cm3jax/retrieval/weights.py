@@ -107,10 +107,7 @@ def load(folder) -> tuple[configs.CLIP, dict[str, Any]]:
 
 def read(folder: pathlib.Path, file) -> tuple[configs.CLIP, dict[str, Any]]:
     """Return what `load` does, of an open file: safetensors', or what has its keys, get_slice and get_tensor."""
-    names = _layout(folder / FILE, set(file.keys()))
-    model, rows = _sizes(folder, file, names)
-    wanted = sources(model, rows, names)
-    _compare(folder / FILE, file, wanted)
+    model, wanted = _checked(folder, file)
     found = {}
     for path, layers in wanted.items():
         arrays = [layer.take(file.get_tensor(layer.name).astype(np.float32)) for layer in layers]
@@ -127,10 +124,16 @@ def look(folder) -> configs.CLIP:
 
 def sizes(folder: pathlib.Path, file) -> configs.CLIP:
     """Return what `look` does, of an open file."""
+    return _checked(folder, file)[0]
+
+
+def _checked(folder: pathlib.Path, file):
+    """Return the network whose tensors an open file holds, and where each of our arrays comes from."""
     names = _layout(folder / FILE, set(file.keys()))
     model, rows = _sizes(folder, file, names)
-    _compare(folder / FILE, file, sources(model, rows, names))
-    return model
+    wanted = sources(model, rows, names)
+    _compare(folder / FILE, file, wanted)
+    return model, wanted
 
 
 def sources(model: configs.CLIP, rows: int, names: dict[str, str]) -> dict[str, list[Source]]:

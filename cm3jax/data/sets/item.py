@@ -12,10 +12,10 @@ from PIL import Image
 
 from cm3jax.data import sources_folder
 from cm3jax.data.example import Bad
+from cm3jax.tasks import templates
+from cm3jax.tasks.templates import SIDE
 from cm3jax.types import UserError
 
-SIDE = 256
-"""Locations in prompts are pixels of a square of this side (arXiv 2309.02591 table 5)."""
 MOST = 10
 """Boxes of a picture that are told, the largest first; a hundred would fill the sequence."""
 
@@ -232,7 +232,7 @@ def located(boxes: list[tuple[str, Number, Number, Number, Number]], width: Numb
 
 def told(things: list[dict]) -> str:
     """Return boxes as a prompt tells them: "dog at (12, 40) -> (80, 200), ...", in pixels of 256."""
-    return ", ".join("{} at ({}, {}) -> ({}, {})".format(thing["name"], *thing["box"]) for thing in things)
+    return templates.located([(thing["name"], [x / SIDE for x in thing["box"]]) for thing in things])
 
 
 def listed(things: list[dict]) -> str:
