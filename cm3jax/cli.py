@@ -30,6 +30,7 @@ IMPORTED = "imported.json"  # foreign.ABOUT, which would load jax
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
 FeatureName = Literal["edges", "segmentation", "hed", "pose", "depth", "normals", "scribble"]
 Benchmark = Literal["all", "train", "decode", "data", "prepare", "chameleon", "chameleon-7b"]
+TextKind = Literal["captions", "vqa", "vizwiz", "science-qa", "visdial"]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
 
 
@@ -699,8 +700,45 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreText:
+    """Score captions or answers in a published set's format, and write the protocol with the figures.
+
+    cm3jax score-text captions results.json captions_val2014.json --part
+
+    cm3jax score-text vqa results.json v2_mscoco_val2014_annotations.json
+
+    cm3jax score-text science-qa results.json problems.json --split test
+
+    cm3jax score-text visdial ranks.json visdial_1.0_val.json visdial_1.0_val_dense_annotations.json
+    """
+
+    kind: Positional[Annotated[TextKind, arg(metavar="KIND")]]
+    """captions: CIDEr-D, BLEU, ROUGE-L; vqa (also OK-VQA's), vizwiz: accuracy by kind of answer, or how well VizWiz's
+    "answerable" is told; science-qa: accuracy in the columns of the published tables; visdial: MRR, recalls, NDCG."""
+    predictions: Positional[Annotated[str, arg(metavar="PREDICTIONS")]]
+    """What was said, in the set's format of results (cm3jax/evaluate/words.py)."""
+    truth: Positional[Annotated[tuple[str, ...], arg(metavar="TRUTH")]]
+    """The set's annotations."""
+    part: bool = False
+    """Score what is predicted, though the annotations have more; the result says so."""
+    split: str = "test"
+    """Of science-qa."""
+    out: str = ""
+    """Result file; "": runs/scores/NAME-KIND-XXXXXX.json, NAME being that of PREDICTIONS."""
+
+    def __call__(self):
+        from cm3jax.evaluate import words
+
+        name = pathlib.Path(self.predictions).stem
+        known = configs.digest(self.predictions, self.truth, self.part, self.split)[:6]
+        out = self.out or f"runs/scores/{name}-{self.kind}-{known}.json"
+        words.score(self.kind, self.predictions, self.truth, out, self.part, self.split)
+        print(f"result: {out}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Tabulate:
-    """Show result files of `cm3jax score` as one table; figures of different protocols are refused, or marked."""
+    """Show result files of `score` and `score-text` as one table, if their protocols are the same."""
 
     results: Positional[Annotated[tuple[str, ...], arg(metavar="RESULT")]]
     """Result files."""
@@ -878,6 +916,7 @@ VERBS = {
     "evaluate": Evaluate,
     "tasks": Tasks,
     "score": Score,
+    "score-text": ScoreText,
     "tabulate": Tabulate,
     "import": Import,
     "export": Export,

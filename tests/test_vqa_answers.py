@@ -69,7 +69,7 @@ def test_answers_are_made_alike_only_where_people_differ():
 
 def test_the_figures_of_a_set_are_means_over_questions_and_over_kinds():
     truths = {1: ["yes"] * 10, 2: ["2"] * 2 + ["3"] * 8, 3: ["no"] * 10}
-    found = answers.vqa({1: "yes", 2: "two", 3: "yes"}, truths, {1: "yes/no", 2: "number", 3: "yes/no"})
+    found = answers.vqa({1: "yes", 2: "two", 3: "yes"}, truths, {1: ["yes/no"], 2: ["number"], 3: ["yes/no"]})
     assert found == pytest.approx({"accuracy": 1.6 / 3, "accuracy/yes/no": 0.5, "accuracy/number": 0.6})
 
 
@@ -82,8 +82,10 @@ def test_answerability_is_sklearns_average_precision():
 
 
 def test_choices_are_right_or_wrong():
-    found = answers.choices({"1": 0, "2": 2, "3": -1}, {"1": 0, "2": 1, "3": 0}, {"1": "NAT", "2": "NAT", "3": "SOC"})
-    assert found == pytest.approx({"accuracy": 1 / 3, "accuracy/NAT": 0.5, "accuracy/SOC": 0})
+    found = answers.choices(
+        {"1": 0, "2": 2, "3": -1}, {"1": 0, "2": 1, "3": 0}, {"1": ["NAT", "IMG"], "2": ["NAT"], "3": ["SOC"]}
+    )
+    assert found == pytest.approx({"accuracy": 1 / 3, "accuracy/NAT": 0.5, "accuracy/IMG": 1, "accuracy/SOC": 0})
 
 
 @pytest.mark.parametrize(
@@ -119,4 +121,4 @@ def test_answerability_needs_an_answerable_question():
 
 def test_a_question_without_kind_is_refused():
     with pytest.raises(UserError, match="question 2: its kind is not given"):
-        answers.choices({1: 0, 2: 0}, {1: 0, 2: 0}, {1: "NAT"})
+        answers.choices({1: 0, 2: 0}, {1: 0, 2: 0}, {1: ["NAT"]})

@@ -90,7 +90,7 @@ def vqa(answers: Mapping, truths: Mapping[object, Sequence[str]], kinds: Mapping
 
     Args:
       answers: {question id: answer}. truths: {question id: the answers of people}.
-      kinds: {question id: "yes/no", "number", ...}, for the figures by kind.
+      kinds: {question id: ["yes/no"], ["number"], ...}, for the figures by kind.
 
     Raises:
       UserError: if a question has no answer, an answer no question, or a question no people's answers.
@@ -129,7 +129,7 @@ def choices(answers: Mapping, truths: Mapping, kinds: Mapping | None = None) -> 
 
     Args:
       answers: {question id: number of the chosen option, -1 for none}. truths: {question id: number}.
-      kinds: {question id: subject, grade, ...}.
+      kinds: {question id: [subject, grade, ...]}.
 
     Raises:
       UserError: as `vqa`.
@@ -165,12 +165,13 @@ def check(answers: Mapping, truths: Mapping) -> None:
             )
 
 
-def _means(name: str, each: Mapping, kinds: Mapping | None) -> dict[str, float]:
+def _means(name: str, each: Mapping, kinds: Mapping[object, Sequence[str]] | None) -> dict[str, float]:
     """Return the mean of all, and of each kind."""
     groups = {name: list(each.values())}
     for key, value in each.items():
         if kinds is not None:
             if key not in kinds:
                 raise UserError(f"question {key!r}: its kind is not given")
-            groups.setdefault(f"{name}/{kinds[key]}", []).append(value)
+            for kind in kinds[key]:
+                groups.setdefault(f"{name}/{kind}", []).append(value)
     return {group: sum(values) / len(values) for group, values in groups.items()}

@@ -1,13 +1,20 @@
-"""Result files side by side; figures of different protocols are refused, or marked where that is asked for."""
+"""Result files side by side; figures of different protocols are refused, or marked where that is asked for.
 
+`code` is a protocol's part that tells the version of the program.
+"""
+
+import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
+from importlib import metadata as packages
 from typing import Any
 
 from cm3jax import stages
 from cm3jax.types import UserError
 
+ROOT = pathlib.Path(__file__).parent.parent
 MARKS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -92,3 +99,20 @@ def named(found: dict[str, Any]) -> dict[str, str]:
     """Return a name for each file: its own without the ending, or the whole path where two would be the same."""
     stems = [pathlib.Path(path).stem for path in found]
     return {path: stem if stems.count(stem) == 1 else path for path, stem in zip(found, stems, strict=True)}
+
+
+@functools.cache
+def code(modules: tuple[str, ...]) -> dict[str, str]:
+    """Return the version of the program, and 16 hex digits of the modules that decide a figure."""
+    made = hashlib.sha256()
+    for name in modules:
+        made.update((ROOT / f"{name}.py").read_bytes())
+    return {"cm3jax": version("cm3jax"), "modules": made.hexdigest()[:16]}
+
+
+def version(name: str) -> str:
+    """Return the version of a package."""
+    try:
+        return packages.version(name)
+    except packages.PackageNotFoundError:
+        return "not installed"

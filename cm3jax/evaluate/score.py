@@ -14,7 +14,6 @@ import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata as packages
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +29,6 @@ from cm3jax.retrieval import encoder as encoders
 from cm3jax.stages import write_text
 from cm3jax.types import UserError
 
-ROOT = pathlib.Path(__file__).parent.parent
 SEEN_BY = ("evaluate/features", "evaluate/resize", "data/pictures", "nn/inception", "nn/clip", "interop/inception")
 """Modules that decide a picture's vector."""
 SCORED_BY = ("frechet", "kernel", "manifold", "clip_score", "pictures", "lpips", "score")
@@ -115,7 +113,7 @@ class Side:
     def table(self, network: str) -> tables.Table:
         """Return the vectors that a network, "inception" or "clip", makes of the pictures."""
         net = getattr(self.tools, network)
-        folder = self.cache / configs.digest(str(self.path.resolve()), net.about, code(SEEN_BY))
+        folder = self.cache / configs.digest(str(self.path.resolve()), net.about, results.code(SEEN_BY))
         name = f"{self.path.name}, {network}"
         return features.table(net, self.files, folder, name, self.settings.threads)
 
@@ -175,7 +173,7 @@ def score(
             say(f"{name}: left out, as there is no reference")
             continue
         found = FIGURES[name](sides, settings, captions, name)
-        found["protocol"]["code"] = code(SCORED_BY)
+        found["protocol"]["code"] = results.code(SCORED_BY)
         result["metrics"][name] = found
         result["seconds"] = round(time.monotonic() - start, 2)
         pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +182,11 @@ def score(
     if statistics:
         network = saved_by(settings)
         found, about = sides[0].statistics(network)
-        told = {"features": getattr(sides[0].tools, network).about, "data": about["data"], "code": code(SEEN_BY)}
+        told = {
+            "features": getattr(sides[0].tools, network).about,
+            "data": about["data"],
+            "code": results.code(SEEN_BY),
+        }
         frechet.save(statistics, found, told)
         say(f"statistics of {about['count']:,} pictures: {statistics}")
     return result
@@ -227,7 +229,7 @@ def head(sides: Sequence[Side]) -> dict[str, Any]:
     for name, side in zip(("pictures", "reference"), sides, strict=False):
         found[name] = {"path": str(side.path), "files": 1 if side.saved else len(side.files)}
     device = jax.local_devices()[0].device_kind
-    environment = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "pillow")}
+    environment = {name: results.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "pillow")}
     return found | {"metrics": {}, "environment": environment | {"device": device}}
 
 
@@ -297,7 +299,7 @@ def _pairs(sides: Sequence[Side], settings: configs.Score, captions: str, name: 
     rows = picture_files.pairs(side.files, sides[1].files)
     about = {"weights": side.tools.vgg_weights} if name == "lpips" else {}
     where = [str(side.path.resolve()) for side in sides]
-    folder = side.cache / configs.digest(name, where, about, code(SCORED_BY))
+    folder = side.cache / configs.digest(name, where, about, results.code(SCORED_BY))
     compare = {"psnr": closeness.psnr, "ssim": closeness.ssim}.get(name) or side.tools.vgg
     work = functools.partial(_compared, compare=compare, settings=settings, smallest=SMALLEST.get(name, 1))
     table = tables.make(folder, rows, 1, work, f"{side.path.name}, {name}")
@@ -355,7 +357,7 @@ FIGURES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- captions, protocols
+# ------------------------------------------------------------------------------------------------- captions
 
 
 def read_captions(folder: pathlib.Path, files: Sequence[picture_files.File], path: str = "") -> list[str]:
@@ -388,20 +390,3 @@ def read_captions(folder: pathlib.Path, files: Sequence[picture_files.File], pat
         lacks = "a picture without caption" if name in wanted else "a caption without picture"
         raise UserError(f"captions {names[0]}: {name!r} is {lacks} ({len(wanted ^ set(found))} names do not match)")
     return [found[file.name] for file in files]
-
-
-@functools.cache
-def code(modules: tuple[str, ...]) -> dict[str, str]:
-    """Return the version of the program, and 16 hex digits of the modules that decide a figure."""
-    made = hashlib.sha256()
-    for name in modules:
-        made.update((ROOT / f"{name}.py").read_bytes())
-    return {"cm3jax": version("cm3jax"), "modules": made.hexdigest()[:16]}
-
-
-def version(name: str) -> str:
-    """Return the version of a package."""
-    try:
-        return packages.version(name)
-    except packages.PackageNotFoundError:
-        return "not installed"

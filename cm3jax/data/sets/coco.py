@@ -95,6 +95,16 @@ def _open(folder: pathlib.Path, kind: str, split: str) -> tuple[pathlib.Path, di
     return path, data, item.index(item.rows(data, "images", path), "id", path)
 
 
+def captioned(path: pathlib.Path) -> dict[Any, list[str]]:
+    """Return the captions of each picture that a file of COCO's format has some of.
+
+    Raises:
+      UserError: as the readers.
+    """
+    data = item.load(path)
+    return _captions(path, data, item.index(item.rows(data, "images", path), "id", path))
+
+
 def _captions(path: pathlib.Path, data: dict, images: dict) -> dict[Any, list[str]]:
     told = collections.defaultdict(list)
     for row in item.rows(data, "annotations", path):

@@ -63,7 +63,7 @@ def _asked(folder: pathlib.Path, split: str, path: pathlib.Path, annotations: tu
         image = item.field(question, "image_id", path, key)
         if rows[key].get("image_id", image) != image:
             raise UserError(f"{str(other)!r}: id {key}: image_id {rows[key]['image_id']}, in {str(path)!r} {image}")
-        answers = _answers(rows[key], other, key)
+        answers = people(rows[key], other, key)
         best = str(rows[key].get("multiple_choice_answer") or _most(answers))
         where = item.picture_in(places, f"COCO_{split}2014_{image:012d}.jpg", f"{image:012d}.jpg")
         values = {"question": str(item.field(question, "question", path, key)), "answer": best, "image": where}
@@ -71,7 +71,14 @@ def _asked(folder: pathlib.Path, split: str, path: pathlib.Path, annotations: tu
         yield Item(str(key), "question", values, truth, str(image), license)
 
 
-def _answers(row: dict, path: pathlib.Path, key) -> list[str]:
+def people(row: dict, path: pathlib.Path, key) -> list[str]:
+    """Return the answers that people gave to a question.
+
+    Raises:
+      UserError: if there are none.
+    """
+    if "answers" not in row:
+        raise UserError(f"{str(path)!r}: id {key}: no 'answers' in it; answers missing")
     found = [str(item.field(answer, "answer", path, key)) for answer in item.rows(row, "answers", path)]
     if not found:
         raise UserError(f"{str(path)!r}: id {key}: no answers; answers missing")
@@ -92,9 +99,7 @@ def vizwiz(folder: pathlib.Path, split: str) -> Iterator[Item]:
     path = item.find(folder, *vizwiz_names(split))
     rows = item.index(item.rows({"all": item.load(path, list)}, "all", path), "image", path)
     for key, row in rows.items():
-        if "answers" not in row:
-            raise UserError(f"{str(path)!r}: id {key}: no 'answers' in it; answers missing")
-        answers = _answers(row, path, key)
+        answers = people(row, path, key)
         where = item.picture_in([folder / split, folder / "Images" / split, folder / "images", folder], key)
         question = str(item.field(row, "question", path, key)).strip()
         values = {"question": question, "answer": _most(answers), "image": where}
