@@ -77,10 +77,11 @@ def test_the_page_shows_every_task_with_what_was_given_what_came_and_what_is_tru
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": rows}))
     before = page_after(tmp_path, known)
     scores = {"edit": {"accuracy": 0.875, "whole": 0.5, "examples": 256}}
+    scores["segmentation"] = scores["edit"] | {"miou": 0.625}
     found = page_after(tmp_path, known | {"tasks": scores})
     assert found.tags.count("img") == before.tags.count("img") + 3 + 1
     text = " ".join(found.text.split())
-    assert "edit0.8750.500256" in text.replace(" ", "") and "instruction: make it red" in text
+    assert "edit0.8750.500256" in text.replace(" ", "") and "mIoU 0.625" in text and "instruction: make it red" in text
     assert "Which shape?→ a ring" in text.replace("? →", "?→") and "true: a star" in text and "Tasks" not in before.text
 
 

@@ -229,6 +229,36 @@ def test_an_edit_that_does_nothing_keeps_all_and_changes_nothing():
     assert sum(one["kept"] for one in others) <= 2 and sum(one["changed"] for one in others) <= 8
 
 
+@pytest.mark.parametrize("task", ["segmentation", "edges", "hed", "scribble", "located", "words"])
+def test_what_a_picture_shows_is_compared_with_what_was_asked(task):
+    """The right picture gives 1, and hardly less if a tokenizer softens it; another, or an empty one, much less."""
+    found = records(task, 6)
+    truths, pictures = [truth(one) for one in found], [one.parts[-1] for one in found]
+    ((_, right),) = judges.against(task, list(zip(truths, pictures, strict=True))).items()
+    ((_, soft),) = judges.against(task, list(zip(truths, map(rough, pictures), strict=True))).items()
+    ((_, other),) = judges.against(task, list(zip(truths, pictures[1:] + pictures[:1], strict=True))).items()
+    ((_, empty),) = judges.against(task, [(one, np.full_like(pictures[0], 245)) for one in truths]).items()
+    assert right == 1 and soft > 0.97 and other < 0.6 and empty < 0.2 and empty <= other
+
+
+def test_a_thing_that_was_moved_shares_its_map_and_its_box_in_part():
+    """A square of 16 pixels, moved by 2, shares 14 columns of 18."""
+    one = scenes_tasks.placed(("square", "red", "small", "solid"), "top left")
+    asked = world.Scene("tasks", "white", (one,))
+    drawn = render.render(dataclasses.replace(asked, objects=(dataclasses.replace(one, x=one.x + 2 / 64),)), 64)
+    known = scenes_tasks.Truth("located", scene=asked)
+    assert judges.against("located", [(known, drawn)]) == {"box_iou": pytest.approx(14 / 18)}
+    maps = [drawing.labels(asked, 64) == 2, np.roll(drawing.labels(asked, 64) == 2, 2, axis=1)]
+    share = (maps[0] & maps[1]).sum() / (maps[0] | maps[1]).sum()
+    behind = (~maps[0] & ~maps[1]).sum() / (~maps[0] | ~maps[1]).sum()
+    assert judges.against("segmentation", [(known, drawn)]) == {"miou": pytest.approx((share + behind) / 2)}
+    assert (
+        judges.against("edges", [(known, drawn)])["edge_f1"]
+        < 1
+        == judges.against("edges", [(known, render.render(asked, 64))])["edge_f1"]
+    )
+
+
 def test_a_word_with_one_wrong_letter_is_half_right():
     known = scenes_tasks.Truth("words", word="ABCD")
     assert judges.picture(known, drawing.word("ABXD", "white", SIDE)) == judges.Score(3, 4, False)
@@ -306,6 +336,10 @@ def test_answers_are_measured_by_task_with_an_example_of_each():
     scores, examples = judges.measure(found, knows, 3)
     assert all(scores[name]["whole"] == 1 and scores[name]["examples"] == 3 for name in table.TASKS)
     assert asked == dict.fromkeys(table.TASKS, 3)
+    figures = {"segmentation": "miou", "located": "box_iou", "words": "text"}
+    figures |= dict.fromkeys(("edges", "hed", "scribble"), "edge_f1")
+    assert {name: scores[name][figure] for name, figure in figures.items()} == dict.fromkeys(figures, 1)
+    assert all(scores[name].keys() == {"accuracy", "whole", "examples"} for name in table.TASKS if name not in figures)
     assert [one["task"] for one in examples] == list(table.TASKS) and all(one["correct"] for one in examples)
     edit, question = examples[0], examples[list(table.TASKS).index("question")]
     assert len(edit["given"]) == 1 and np.array_equal(edit["drawn"], edit["wanted"]) and "instruction: " in edit["said"]

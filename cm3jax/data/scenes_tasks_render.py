@@ -178,28 +178,45 @@ def drawing_order(scene: Scene) -> list[int]:
     return sorted(range(len(scene.objects)), key=lambda i: NEARNESS[scene.objects[i].size])
 
 
+def labels(scene: Scene, resolution: int) -> np.ndarray:
+    """Return which shape is where, int64 [resolution, resolution]: 0 for what is behind all, then as in `CLASSES`."""
+    found, inside = np.zeros((resolution, resolution), np.int64), covers(scene, resolution) >= 0.5
+    for i in drawing_order(scene):
+        found[inside[i]] = 1 + tuple(CLASSES).index(scene.objects[i].shape)
+    return found
+
+
+def outline(scene: Scene, resolution: int) -> np.ndarray:
+    """Return the pixels of things that touch what is none, bool [resolution, resolution]."""
+    return _lines((covers(scene, resolution) >= 0.5).any(0))
+
+
 def feature(kind: str, scene: Scene, resolution: int, rng: np.random.Generator) -> np.ndarray:
     """Return one of `FEATURES` of a scene, uint8 [resolution, resolution, 3]; only scribbles look at `rng`."""
+    if kind == "segmentation":
+        return np.uint8([(0, 0, 0), *CLASSES.values()])[labels(scene, resolution)]
+    if kind in ("edges", "hed"):
+        lines = outline(scene, resolution).astype(np.float32)
+        if kind == "hed":
+            lines = np.minimum(ndimage.gaussian_filter(lines, 1.0) * 2, 1)
+        return _grey(lines)
     inside = covers(scene, resolution) >= 0.5
     if kind == "normals":
         return _normals(inside.any(0), resolution)
-    if kind in ("segmentation", "depth"):
-        picture = np.full((resolution, resolution, 3), BEHIND if kind == "depth" else 0, np.uint8)
+    if kind == "depth":
+        picture = np.full((resolution, resolution, 3), BEHIND, np.uint8)
         for i in drawing_order(scene):
-            thing = scene.objects[i]
-            picture[inside[i]] = CLASSES[thing.shape] if kind == "segmentation" else NEARNESS[thing.size]
+            picture[inside[i]] = NEARNESS[scene.objects[i].size]
         return picture
-    if kind == "scribble":
-        lines = 1 - _lines(_shaken(inside.any(0), rng)).astype(np.float32)
-    else:
-        lines = _lines(inside.any(0)).astype(np.float32)
-        if kind == "hed":
-            lines = np.minimum(ndimage.gaussian_filter(lines, 1.0) * 2, 1)
+    return _grey(1 - _lines(_shaken(inside.any(0), rng)).astype(np.float32))
+
+
+def _grey(lines: np.ndarray) -> np.ndarray:
     return np.repeat(np.round(lines * 255).astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def _lines(inside: np.ndarray) -> np.ndarray:
-    """Return the pixels of things that touch what is none, bool [h, w]."""
+    """Return the pixels inside that touch what is outside, bool [h, w]."""
     return inside & ~ndimage.binary_erosion(inside)
 
 

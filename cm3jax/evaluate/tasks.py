@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from cm3jax.data import scenes, scenes_tasks, scenes_tasks_read
+from cm3jax.data import scenes, scenes_tasks, scenes_tasks_read, scenes_tasks_render
 from cm3jax.data import scenes_world as world
 from cm3jax.data.scenes_tasks import Truth
 from cm3jax.data.scenes_world import Scene
+from cm3jax.evaluate import boxes, edges, letters, segmentation
 from cm3jax.evaluate import scenes as judges
 from cm3jax.evaluate.scenes import Score
 from cm3jax.tasks import table, templates
@@ -87,6 +88,38 @@ def edited(truth: Truth, drawn: np.ndarray) -> dict[str, bool]:
     }
 
 
+def against(task: str, pairs: Sequence[tuple[Truth, np.ndarray]]) -> dict[str, float]:
+    """Return how close pictures, uint8 [h, w, 3], are to the map, edges, boxes or word that they were to show.
+
+    The recognisers read each picture, and a map of what they see is compared; what they cannot read is not in it.
+
+    Returns:
+      Of segmentation "miou", over the pixels of all pictures; of edges, hed and scribble "edge_f1", of located
+      "box_iou", of words "text", means over pictures; {} of others. What a scribble is about are the scene's edges.
+    """
+    if task == "words":
+        return {"text": _mean(letters.accuracy(truth.word, scenes_tasks_read.word(drawn)) for truth, drawn in pairs)}
+    if task not in ("segmentation", "edges", "hed", "scribble", "located"):
+        return {}
+    seen = [(truth.scene, scenes.recognise(drawn, world.TASKS), len(drawn)) for truth, drawn in pairs]
+    if task == "located":
+        return {"box_iou": _mean(boxes.agreement(_boxes(asked), _boxes(shown)) for asked, shown, _ in seen)}
+    draw = scenes_tasks_render.labels if task == "segmentation" else scenes_tasks_render.outline
+    maps = [(draw(asked, side), draw(shown, side)) for asked, shown, side in seen]
+    if task == "segmentation":
+        classes = len(scenes_tasks_render.CLASSES) + 1
+        return {"miou": segmentation.miou(sum(segmentation.confusion(a, b, classes) for a, b in maps))}
+    return {"edge_f1": _mean(edges.f1(a, b) for a, b in maps)}
+
+
+def _boxes(scene: Scene) -> list[boxes.Located]:
+    return [(scenes_tasks.short(thing), world.box(scene.level, thing)) for thing in scene.objects]
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
 Answerer = Callable[[str, Sequence[dict[str, Any]], int], list[dict[str, Any]]]
 """(task, the fields of each row but the answer's, which wording) -> {field: answer} of each row."""
 
@@ -94,7 +127,8 @@ Answerer = Callable[[str, Sequence[dict[str, Any]], int], list[dict[str, Any]]]
 def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dict, list[dict[str, Any]]]:
     """Return (`summary`, an example of each task) of the answers to the first `most` records of each task.
 
-    An example holds what was given and asked for in reading order, what came, and whether that is right.
+    The summary has the figures of `against` too. An example holds what was given and asked for in reading order, what
+    came, and whether that is right.
     """
     groups: dict[tuple[str, int], list[Record]] = {}
     counts = collections.Counter()
@@ -103,7 +137,7 @@ def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dic
         if task in table.TASKS and "truth" in record.fields and counts[task] < most:
             groups.setdefault((task, record.fields["wording"]), []).append(record)
             counts[task] += 1
-    truths, scores, examples = [], [], {}
+    truths, scores, examples, pairs = [], [], {}, collections.defaultdict(list)
     for (task, wording), found in groups.items():
         wanted = table.TASKS[task].answer
         values = [templates.read(task, record.parts) for record in found]
@@ -113,7 +147,12 @@ def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dic
         judged = [score(truth, row) for truth, row in zip(known, drawn, strict=True)]
         examples.setdefault(task, example(found[0], values[0], drawn[0], judged[0]))
         truths, scores = truths + known, scores + judged
-    return summary(truths, scores), [examples[task] for task in scenes_tasks.ORDER if task in examples]
+        if table.TASKS[task].draws:
+            pairs[task] += zip(known, (row[wanted[0]] for row in drawn), strict=True)
+    found = summary(truths, scores)
+    for task, drawn in pairs.items():
+        found[task] |= against(task, drawn)
+    return found, [examples[task] for task in scenes_tasks.ORDER if task in examples]
 
 
 def example(record: Record, values: dict[str, Any], drawn: dict[str, Any], judged: Score) -> dict[str, Any]:
