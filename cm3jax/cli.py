@@ -30,6 +30,7 @@ IMPORTED = "imported.json"  # foreign.ABOUT, which would load jax
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
 FeatureName = Literal["edges", "segmentation", "hed", "pose", "depth", "normals", "scribble"]
 Benchmark = Literal["all", "train", "decode", "data", "prepare", "chameleon", "chameleon-7b"]
+SuiteName = Literal["scenes", "tasks", "pictures", "captions", "vqa"]
 TextKind = Literal["captions", "vqa", "vizwiz", "science-qa", "visdial"]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
 
@@ -645,19 +646,53 @@ def looks_like_a_file(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Score a run; writes report.json, report.html and samples.png."""
+    """Score a run; writes report.json, report.html and samples.png, or with --suite RUN/suites/SUITE.json.
+
+    cm3jax evaluate RUN --suite captions pictures --held-out runs/coco --split validation --evaluate.samples 5000
+    --score.metrics fid clip_score --score.weights.inception pt_inception.pth --score.weights.clip clip/
+
+    A suite that was interrupted continues, and what is known is not made again.
+    """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Finished run folder."""
+    suite: tuple[SuiteName, ...] = ()
+    """scenes: what the evaluation without --suite makes, if it is not there. pictures: drawn from captions, by the
+    figures of --score.metrics. captions: CIDEr-D, BLEU, ROUGE-L. vqa: accuracy. tasks: the embedded world's."""
+    held_out: str = ""
+    """--suite: folder of `cm3jax prepare`, with the documents to score on; "": RUN."""
+    split: str = "test"
+    """--suite: which of them."""
+    score: configs.Score = configs.Score()
     recipe: Annotated[Recipe, flags.FLAT] = Recipe()
 
     def __call__(self):
         from cm3jax import run
 
         refuse_idle("evaluate", self.recipe, run_recipe(self.run), ("evaluate", "name"))
+        if self.suite:
+            return self.by_suites()
+        if (self.held_out, self.split, self.score) != ("", "test", configs.Score()):
+            raise UserError("evaluate: --held-out, --split and --score go with --suite; add it")
         recipe = run.adopt(self.recipe, self.run, "evaluate")
         out = run.run(recipe, self.run, redo="evaluate", only="evaluate")
         print(f"report: {out / 'report.html'}")
+
+    def by_suites(self) -> None:
+        """Score by each suite, with the settings and documents that the run's evaluation chose."""
+        from cm3jax import run
+
+        if "scenes" in self.suite:
+            run.run(run.adopt(self.recipe, self.run, "evaluate"), self.run, only="evaluate")
+        named, home = [name for name in self.suite if name != "scenes"], folder(self.run)
+        if not named:
+            return
+        from cm3jax.evaluate import suites
+
+        shown = documents(-1, home, "generate"), documents(-1, home, "caption")
+        decoding = suites.Decoding(chosen(home, "generate"), chosen_checkpoint(home), *shown)
+        suites.evaluate(named, home, self.recipe, self.held_out or home, self.split, decoding, self.score)
+        print("\n".join(f"result: {home / 'suites' / name}.json" for name in named))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,14 @@ def read(path) -> dict[str, Any]:
     return found
 
 
+def figures(path) -> dict[str, Any]:
+    """Return the figures of a result file; {} if there is none, or it cannot be read and is to be made again."""
+    try:
+        return read(path)["metrics"]
+    except UserError:
+        return {}
+
+
 def table(paths: Sequence[Any], mixed: bool = False) -> str:
     """Return the figures of result files as a table in Markdown, a row a file.
 

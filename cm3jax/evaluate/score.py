@@ -13,7 +13,7 @@ import json
 import pathlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -148,8 +148,11 @@ def score(
     statistics: str = "",
     say: Callable[[str], Any] = print,
     tools: Any = None,
+    made: Mapping[str, Any] = {},
 ) -> dict:
     """Score pictures, write the result file, and return what it holds.
+
+    A figure that the file has already is kept, if nothing has changed that it follows from.
 
     Args:
       pictures: A folder, or an .npz of statistics.
@@ -158,7 +161,8 @@ def score(
       cache: Folder for vectors, which other calls use too.
       captions: metadata.jsonl or .csv with the pictures' captions; "": the one in their folder.
       statistics: An .npz to write the statistics of `pictures` to.
-      tools: The networks; None: those of the settings.
+      tools: The networks; None: those of the settings. Of given ones nobody knows, so that no figure is kept.
+      made: How the pictures were made, for the protocol.
 
     Raises:
       UserError: for what cannot be scored so, before any work where that is known.
@@ -167,18 +171,22 @@ def score(
     paths = [pathlib.Path(path) for path in (pictures, reference) if path]
     sides = [Side(path, tools, settings, pathlib.Path(cache)) for path in paths]
     check(settings, sides, bool(statistics), own)
-    start, result = time.monotonic(), head(sides)
+    start, result, before = time.monotonic(), head(sides), results.figures(out) if own else {}
     for name in settings.metrics:
         if METRICS[name].kind != "captions" and len(sides) < 2:
             say(f"{name}: left out, as there is no reference")
             continue
-        found = FIGURES[name](sides, settings, captions, name)
-        found["protocol"]["code"] = results.code(SCORED_BY)
-        result["metrics"][name] = found
+        key = known(name, sides, settings, captions, made) if own else ""
+        kept = bool(key) and before.get(name, {}).get("key") == key
+        found = before[name] if kept else FIGURES[name](sides, settings, captions, name)
+        if not kept:
+            found["protocol"] |= {"code": results.code(SCORED_BY), **made}
+        result["metrics"][name] = found | ({"key": key} if own else {})
         result["seconds"] = round(time.monotonic() - start, 2)
         pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_text(pathlib.Path(out), json.dumps(result, indent=1) + "\n")
-        say(f"{name}: {found['value']:.6g}" + (f"; warning: {found['warning']}" if "warning" in found else ""))
+        warning = f"; warning: {found['warning']}" if "warning" in found else ""
+        say(f"{name}: {found['value']:.6g}{' (known)' if kept else ''}{warning}")
     if statistics:
         network = saved_by(settings)
         found, about = sides[0].statistics(network)
@@ -197,6 +205,27 @@ def saved_by(settings: configs.Score) -> str:
     return "clip" if set(settings.metrics) == {"clip_fid"} else "inception"
 
 
+def known(name: str, sides: Sequence[Side], settings: configs.Score, captions: str, made: Mapping[str, Any]) -> str:
+    """Return 16 hex digits of all that a figure follows from; of files, their names, sizes and times."""
+    network, paths = METRICS[name].network, [side.path for side in sides]  # captions may lie among the pictures
+    paths += [pathlib.Path(path) for path in (captions, network and getattr(settings.weights, network)) if path]
+    files = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in paths]
+    stats = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in itertools.chain(*files) if f.is_file()]
+    deciding = dataclasses.replace(settings, metrics=(), batch=1, threads=1)
+    return configs.digest(name, deciding, results.code(SCORED_BY), dict(made), stats)
+
+
+def needs(settings: configs.Score, prefix: str = "") -> None:
+    """Raise a UserError for weights that the metrics need and the settings do not name.
+
+    Args:
+      prefix: Of the flags.
+    """
+    for name in settings.metrics:
+        if (network := METRICS[name].network) and not getattr(settings.weights, network):
+            raise UserError(f"{name}: needs --{prefix}weights.{network} PATH; cm3jax score --help says of what")
+
+
 def check(settings: configs.Score, sides: Sequence[Side], statistics: bool, own: bool) -> None:
     """Raise a UserError for what the sides or the settings cannot give.
 
@@ -206,13 +235,14 @@ def check(settings: configs.Score, sides: Sequence[Side], statistics: bool, own:
     """
     if not settings.metrics:
         raise UserError(f"--metrics: names none of {', '.join(METRICS)}")
+    if own:
+        needs(settings)
     for name in settings.metrics:
         metric = METRICS[name]
         if metric.kind != "captions" and len(sides) < 2 and not statistics:
             raise UserError(f"{name}: needs a reference behind the pictures, a folder or statistics (.npz)")
-        for network in {metric.network, saved_by(settings) if statistics else ""} - {""}:
-            if own and not getattr(settings.weights, network):
-                raise UserError(f"{name}: needs --weights.{network} PATH; cm3jax score --help says of what")
+        if own and statistics and not getattr(settings.weights, network := saved_by(settings)):
+            raise UserError(f"{name}: needs --weights.{network} PATH; cm3jax score --help says of what")
         seen = sides[:1] if metric.kind == "captions" else sides if metric.kind == "pairs" or metric.whole else ()
         for side in seen:
             if side.saved:

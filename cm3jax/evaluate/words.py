@@ -51,6 +51,7 @@ def score(
     part: bool = False,
     split: str = "test",
     say: Callable[[str], Any] = print,
+    made: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
     """Score what was said, write the result file, and return what it holds.
 
@@ -61,6 +62,7 @@ def score(
       out: The result file.
       part: Score the ids that were answered, though there are more.
       split: Of science-qa, whose problems.json holds all.
+      made: How it was said, for the protocol.
 
     Raises:
       UserError: in one line, for files that are none or do not belong to each other.
@@ -71,7 +73,13 @@ def score(
     metrics: dict[str, Any] = {}
     for found in KINDS[kind](predictions, truth, part, split):
         reference = {"count": len(found.wrote), "data": digest(found.wrote)}
-        protocol = {"set": kind, "reference": reference, "tokens": found.tokens, "code": results.code(SCORED_BY)}
+        protocol = {
+            "set": kind,
+            "reference": reference,
+            "tokens": found.tokens,
+            "code": results.code(SCORED_BY),
+            **made,
+        }
         for name, value in found.figures.items():
             own = name.partition("/")[2]
             samples = sum(own in found.kinds[key] for key in found.said) if own else len(found.said)

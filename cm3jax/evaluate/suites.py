@@ -1,0 +1,352 @@
+"""Named suites of scores: what is held out is drawn, described or answered by a run's model, and scored.
+
+    pictures   a picture for each caption, against those held out (`score`; the settings name metrics and weights)
+    captions   a caption for each picture, against what people wrote (`words`)
+    vqa        answers to questions about pictures, against those of people (`words`)
+    tasks      answers to the embedded world's tasks, against their exact truth (`tasks`)
+
+Each leaves RUN/suites/NAME.json, a result file. What the model gave lies in RUN/suites/NAME-XXXXXXXX/, in blocks, where
+XXXXXXXX stands for all that decides it: weights, decoding, documents. So an interrupted suite continues, and what is
+known already is not made again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cm3jax import checkpoint, stages
+from cm3jax import config as configs
+from cm3jax.data import shards
+from cm3jax.data.scenes_world import TASKS
+from cm3jax.evaluate import protocol, results, score, words
+from cm3jax.evaluate import tasks as judges
+from cm3jax.sample import generate, recall, tasks
+from cm3jax.stages import write_text
+from cm3jax.tasks import table, templates
+from cm3jax.types import Record, UserError
+
+BLOCK = 256
+"""Answers of the model that are kept together; an interruption costs one block. Block k draws from seed + k."""
+NOTHING = "."
+"""Stands for an empty text of the model, which no format of results has; scores count no word in it."""
+JUDGED_BY = ("evaluate/tasks", "evaluate/scenes", "data/scenes_recognise", "data/scenes_tasks_read")
+JUDGED_BY += (
+    "data/scenes_tasks_render",
+    *(f"evaluate/{name}" for name in ("segmentation", "edges", "boxes", "letters")),
+)
+"""Modules that decide the figures of tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How the model draws and writes, beside `recipe.evaluate`.
+
+    Attributes:
+      draw: Of pictures; texts are written with `recipe.evaluate.write`.
+      step: The decoder's checkpoint; None: the latest.
+      drawn_with, written_with: Documents shown before a caption, and before a picture.
+    """
+
+    draw: configs.Sampling = configs.Sampling()
+    step: int | None = None
+    drawn_with: int = 0
+    written_with: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Bench:
+    """What all suites share: a model, loaded when something is first made with it, and documents."""
+
+    run: pathlib.Path
+    recipe: configs.Recipe
+    reader: shards.Reader
+    decoding: Decoding
+    scoring: configs.Score
+    say: Callable[[str], Any]
+
+    @functools.cached_property
+    def generator(self) -> Any:
+        return generate.load(self.run, self.recipe.evaluate.batch, self.decoding.step)
+
+    @functools.cached_property
+    def memory(self) -> Any:
+        return protocol.remembered(self.recipe, self.run)
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """A digest of the model's files and the checkpoint's step."""
+        names = [name for part in ("text", "image", "decoder") for name in stages.files(self.run, part)]
+        step = self.decoding.step or checkpoint.steps(self.run / "decoder")[-1]
+        return configs.digest(stages.fingerprint(self.run, names), step)
+
+    def rows(self, fits: Callable[[Record], Any], what: str, most: int = 0) -> list[int]:
+        """Return the places of the first documents that fit.
+
+        Raises:
+          UserError: if none does.
+        """
+        here = (i for i, record in enumerate(self.reader) if fits(record))
+        if not (found := list(itertools.islice(here, most or self.recipe.evaluate.samples))):
+            raise UserError(f"suite {what}: none of {len(self.reader)} documents fits; see cm3jax evaluate --help")
+        return found
+
+    def folder(self, suite: str, rows: Sequence[int], how: Mapping[str, Any]) -> pathlib.Path:
+        """Return where the answers to these documents lie, under a name that stands for all that decides them."""
+        shown = hashlib.sha256()
+        for i in rows:
+            shown.update(hashlib.sha256(self.reader.read_bytes(i)).digest())
+        about = {"weights": self.weights, "documents": shown.hexdigest()[:16], **how}
+        folder = self.run / "suites" / f"{suite}-{configs.digest(about)[:8]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "made.json", json.dumps(about, indent=1) + "\n")
+        return folder
+
+    def answers(self, folder: pathlib.Path, rows: Sequence[int], work: Callable[[list[Record], list[int], int], list]):
+        """Return what work(documents, their numbers, seed) gives for each, JSON types; blocks that are there stay."""
+        found: list[Any] = []
+        for block, first in enumerate(range(0, len(rows), BLOCK)):
+            part, path = rows[first : first + BLOCK], folder / f"{block:05d}.json"
+            if not path.is_file():
+                self.say(f"suite {folder.name}: {first:,} of {len(rows):,}")
+                seed = (self.recipe.evaluate.seed + block) % configs.SEEDS
+                made = work([self.reader[i] for i in part], list(range(first, first + len(part))), seed)
+                write_text(path, json.dumps(made) + "\n")
+            found += json.loads(path.read_text())
+        return found
+
+
+def evaluate(
+    names: Sequence[str],
+    run,
+    recipe: configs.Recipe,
+    held_out,
+    split: str = "test",
+    decoding: Decoding = Decoding(),
+    scoring: configs.Score = configs.Score(),
+    say: Callable[[str], Any] = print,
+) -> dict[str, dict]:
+    """Score a run by suites; return {name: what its result file holds}.
+
+    Args:
+      names: Keys of `SUITES`.
+      recipe: The run's; `recipe.evaluate` says how many documents, and how texts are written.
+      held_out: A run folder whose prepared/ holds the documents.
+      split: Of them.
+      scoring: Of the suite of pictures.
+
+    Raises:
+      UserError: for what is missing, before any work of a suite.
+    """
+    run = pathlib.Path(run)
+    if "pictures" in names:
+        score.needs(scoring, "score.")
+    if set(names) & {"vqa", "tasks"} and recipe.form.kind != "cm3leon":
+        raise UserError(f"suites vqa and tasks ask as CM3Leon's documents do; {run} is of form {recipe.form.kind}")
+    bench = Bench(run, recipe, shards.Reader(pathlib.Path(held_out) / "prepared", split), decoding, scoring, say)
+    with stages.locked(run):
+        return {name: SUITES[name](bench, run / "suites" / f"{name}.json") for name in names}
+
+
+def known(bench: Bench, out: pathlib.Path, folder: pathlib.Path, modules: tuple[str, ...]) -> dict | None:
+    """Return a result file that these answers and this version of the program made already; None if there is none."""
+    figures = results.figures(out)
+    if not figures or any(figure["protocol"].get("code") != results.code(modules) for figure in figures.values()):
+        return None
+    found = results.read(out)
+    if pathlib.Path(found.get("predictions", "")) not in (folder, folder / "said.json"):
+        return None
+    for name, figure in figures.items():
+        bench.say(f"suite {out.stem}: {name}: {figure['value']:.6g} (known)")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- captions
+
+
+def told(record: Record) -> list[str]:
+    """Return all captions of a document that is a picture with captions; [] for others."""
+    text, picture = protocol.first(record)
+    if text is None or picture is None or record.fields.get("task", "caption") != "caption":
+        return []
+    truth = record.fields.get("truth")
+    known = truth.get("captions") if isinstance(truth, dict) else record.fields.get("captions")
+    if known:
+        return list(known)
+    return [templates.read("caption", record.parts)["caption"] if "wording" in record.fields else text]
+
+
+def captions(bench: Bench, out: pathlib.Path) -> dict:
+    """Score captions of pictures by CIDEr-D, BLEU and ROUGE-L."""
+    settings, count = bench.recipe.evaluate, bench.decoding.written_with
+    rows = bench.rows(told, "captions: a picture with a caption")
+    how = decoded(settings, settings.write, documents=count, max_text=settings.max_text)
+    folder = bench.folder("captions", rows, how)
+    if before := known(bench, out, folder, words.SCORED_BY):
+        return before
+
+    def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
+        shown, memory = [protocol.first(record)[1] for record in records], bench.memory if count else None
+        found, _ = recall.write(bench.generator, shown, seed, settings.write, settings.max_text, memory, count)
+        return found
+
+    said = bench.answers(folder, rows, work)
+    keys, wrote = zip(*((record.key, told(record)) for record in (bench.reader[i] for i in rows)), strict=True)
+    found = [{"image_id": key, "caption": text.strip() or NOTHING} for key, text in zip(keys, said, strict=True)]
+    texts = [{"image_id": key, "caption": text} for key, all_ in zip(keys, wrote, strict=True) for text in all_]
+    truth = {"images": [{"id": key} for key in keys], "annotations": texts}
+    return worded(bench, "captions", folder, out, found, truth, how)
+
+
+def decoded(settings: configs.Evaluate, sampling: configs.Sampling, **more: Any) -> dict[str, Any]:
+    """Return a protocol's part that says how the model was asked."""
+    return {"decoding": {"sampling": configs.to_json(sampling), "seed": settings.seed, **more}}
+
+
+def worded(bench: Bench, kind: str, folder: pathlib.Path, out: pathlib.Path, found, truth, how) -> dict:
+    """Write what was said and the truth in the published formats, and score the files."""
+    paths = [folder / "said.json", folder / "truth.json"]
+    for path, value in zip(paths, (found, truth), strict=True):
+        write_text(path, json.dumps(value) + "\n")
+    return words.score(kind, paths[0], paths[1:], out, say=saying(bench, kind), made=how)
+
+
+def saying(bench: Bench, suite: str) -> Callable[[str], Any]:
+    return lambda line: bench.say(f"suite {suite}: {line}")
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+
+
+def asked(record: Record) -> list[str]:
+    """Return the answers that people gave to a document's question; [] for other documents."""
+    truth = record.fields.get("truth")
+    return truth.get("answers", []) if record.fields.get("task") == "question" and isinstance(truth, dict) else []
+
+
+def vqa(bench: Bench, out: pathlib.Path) -> dict:
+    """Score answers to questions by VQA's accuracy."""
+    settings, rows = bench.recipe.evaluate, bench.rows(asked, "vqa: a question that people answered")
+    how = decoded(settings, settings.write, max_text=settings.max_text)
+    folder = bench.folder("vqa", rows, how)
+    if before := known(bench, out, folder, words.SCORED_BY):
+        return before
+
+    def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
+        values = [templates.read("question", record.parts) for record in records]
+        given = [{name: value for name, value in row.items() if name != "answer"} for row in values]
+        found = tasks.answer(bench.generator, "question", given, seed, settings.write, settings.max_text)
+        return [row["answer"] for row in found]
+
+    said = bench.answers(folder, rows, work)
+    records = [(record.key, record.fields["truth"]) for record in (bench.reader[i] for i in rows)]
+    found = [{"question_id": key, "answer": text or NOTHING} for (key, _), text in zip(records, said, strict=True)]
+    truth = [
+        {"question_id": key, "answers": [{"answer": text} for text in known["answers"]]}
+        | {name: known[name] for name in ("answer_type",) if name in known}
+        for key, known in records
+    ]
+    return worded(bench, "vqa", folder, out, found, {"annotations": truth}, how)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def pictures(bench: Bench, out: pathlib.Path) -> dict:
+    """Score pictures drawn from captions against those held out; both lie as PNG files in the suite's folder."""
+    settings, draw, count = bench.recipe.evaluate, bench.decoding.draw, bench.decoding.drawn_with
+    rows = bench.rows(told, "pictures: a picture with a caption")
+    how = decoded(settings, draw, documents=count, candidates=settings.candidates)
+    folder = bench.folder("pictures", rows, how)
+
+    def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
+        texts, picks = [told(record)[0] for record in records], settings.candidates > 1
+        memory, encoder = bench.memory if count else None, bench.memory.encoder if picks else None
+        drawn, _ = recall.draw(bench.generator, texts, seed, draw, memory, count, encoder, settings.candidates)
+        for side, found in (("drawn", drawn), ("real", [protocol.first(record)[1] for record in records])):
+            (folder / side).mkdir(exist_ok=True)
+            for number, picture in zip(numbers, found, strict=True):
+                Image.fromarray(picture).save(folder / side / f"{number:06d}.png")
+        return texts
+
+    texts = bench.answers(folder, rows, work)
+    lines = [json.dumps({"file_name": f"{i:06d}.png", "text": text}) for i, text in enumerate(texts)]
+    names = folder / "drawn" / "metadata.jsonl"
+    if not names.is_file():  # written once, as its time is part of what a figure is known by
+        write_text(names, "\n".join(lines) + "\n")
+    sides, cache = (folder / "drawn", folder / "real"), bench.run / "suites" / "cache"
+    return score.score(*sides, bench.scoring, out, cache, say=saying(bench, "pictures"), made=how)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+def answered(bench: Bench, out: pathlib.Path) -> dict:
+    """Score the answers to the embedded world's tasks."""
+    settings, draw = bench.recipe.evaluate, bench.decoding.draw
+    fits = lambda record: record.source == f"scenes:{TASKS}" and record.fields.get("task") in table.TASKS  # noqa: E731
+    every = len(bench.reader)
+    rows = bench.rows(fits, f"tasks: a document of scenes:{TASKS}", every)
+    how = decoded(settings, draw, write=configs.to_json(settings.write), max_text=settings.max_text)
+    folder = bench.folder("tasks", rows, how | {"samples": settings.samples})
+    if before := known(bench, out, folder, JUDGED_BY):
+        return before
+
+    def answer(task: str, values: Sequence[Mapping[str, Any]], wording: int) -> list[dict[str, Any]]:
+        sampling = draw if table.TASKS[task].draws else settings.write
+        path = folder / f"{task}-{wording}.{'npy' if table.TASKS[task].draws else 'json'}"
+        if not path.is_file():
+            bench.say(f"suite tasks: {task}, {len(values)} examples")
+            found = tasks.answer(bench.generator, task, values, settings.seed, sampling, settings.max_text, wording)
+            keep(path, found, table.TASKS[task].answer[0])
+        return kept(path, table.TASKS[task].answer[0])
+
+    found, _ = judges.measure((bench.reader[i] for i in rows), answer, settings.samples)
+    told = {"set": f"scenes:{TASKS}", "reference": {"data": configs.digest([bench.reader[i].key for i in rows])}}
+    metrics = {}
+    for name, value, samples in flat(found):
+        protocol_ = {"samples": samples, **told, "code": results.code(JUDGED_BY), **how}
+        metrics[name] = {"value": value, "protocol": protocol_}
+        bench.say(f"suite tasks: {name}: {value:.6g}")
+    result = {"predictions": str(folder), "metrics": metrics}
+    write_text(out, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def flat(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float, int]]:
+    """Yield (name, value, examples) of a table of tasks: "edit" is its accuracy, "edit/whole" a further figure."""
+    for name, row in found.items():
+        for figure, value in row.items():
+            if figure != "examples":
+                yield name if figure == "accuracy" else f"{name}/{figure}", float(value), int(row["examples"])
+
+
+def keep(path: pathlib.Path, found: Sequence[Mapping[str, Any]], field: str) -> None:
+    """Write answers in one step: pictures of one field, or texts."""
+    if path.suffix == ".json":
+        write_text(path, json.dumps(list(found)) + "\n")
+        return
+    partial = path.with_name(f".{path.name}")
+    np.save(partial, np.stack([row[field] for row in found]))
+    os.replace(partial, path)
+
+
+def kept(path: pathlib.Path, field: str) -> list[dict[str, Any]]:
+    """Return the answers that `keep` wrote."""
+    return json.loads(path.read_text()) if path.suffix == ".json" else [{field: picture} for picture in np.load(path)]
+
+
+SUITES: dict[str, Callable[[Bench, pathlib.Path], dict]] = {
+    "pictures": pictures,
+    "captions": captions,
+    "vqa": vqa,
+    "tasks": answered,
+}

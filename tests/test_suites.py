@@ -1,0 +1,269 @@
+"""Suites: what the model is asked, what is kept of it, and the result files; the model is made up but for one test."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import random_run
+import talking_run
+from PIL import Image
+
+from cm3jax import cli
+from cm3jax import config as configs
+from cm3jax.data import scenes, shards
+from cm3jax.evaluate import answers, captions, results, score, suites, words
+from cm3jax.tasks import table, templates
+from cm3jax.types import Record, UserError
+
+SIDE = 16
+RNG = np.random.default_rng(0)
+RECIPE = configs.Recipe(evaluate=configs.Evaluate(samples=5, batch=2, seed=3))
+PSNR = configs.Score(metrics=("psnr", "ssim"), threads=1)
+
+
+def picture():
+    return RNG.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+
+def document(task, values, wording, key, truth):
+    parts, regions = templates.make(task, values, wording)
+    return Record(key, parts, {"task": task, "wording": wording, "truth": truth}, regions, split="test")
+
+
+def records():
+    """Return pairs as a folder gives them, and captions and questions as public sets do."""
+    found = [Record(f"pair{i}", (f"a {c} dog", picture()), split="test") for i, c in enumerate(("red", "blue", "wet"))]
+    found[2] = dataclasses.replace(found[2], fields={"captions": ["a wet dog", "a dog in the rain"]})
+    told = ["A cat sleeps.", "The cat is asleep."]
+    found += [document("caption", {"caption": told[0], "image": picture()}, 1, "cat", {"captions": told})]
+    people = [["yes"] * 10, ["2"] * 4 + ["3"] * 6, ["a tree"] * 10]
+    kinds = ({"answer_type": "yes/no"}, {"answer_type": "number"}, {})
+    for i, (given, kind) in enumerate(zip(people, kinds, strict=True)):
+        values = {"question": f"What {i}?", "answer": given[0], "image": picture()}
+        found += [document("question", values, i, f"q{i}", {"answers": given} | kind)]
+    return [*found, Record("text", ("no picture",), split="test")]
+
+
+class Model:
+    """What `generate.load` gives, as far as suites use it; it says and draws what depends on seed and input."""
+
+    def __init__(self):
+        self.asked = []
+
+    def text_to_image(self, texts, seed, sampling, retrieved):
+        self.asked.append((tuple(texts), seed))
+        draw = np.random.default_rng(seed)
+        return draw.integers(0, 256, (len(texts), SIDE, SIDE, 3), np.uint8)
+
+    def image_to_text(self, pictures, seed, sampling, max_text, retrieved):
+        self.asked.append((len(pictures), seed))
+        return [["a dog", "", "a wet dog"][i % 3] for i in range(len(pictures))]
+
+
+def write(folder, found):
+    with shards.Writer(folder / "prepared", "test") as writer:
+        for record in found:
+            writer.write(record)
+    for name in ("text", "image", "decoder"):
+        (folder / name).mkdir()
+        (folder / name / "weights").write_text(name)
+    return folder
+
+
+@pytest.fixture
+def model(monkeypatch):
+    found = Model()
+    monkeypatch.setattr(suites.generate, "load", lambda run, batch, step: found)
+    return found
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write(tmp_path / "run", records())
+
+
+def scored(run, *names, recipe=RECIPE, lines=None, **more):
+    say = (lambda line: None) if lines is None else lines.append
+    more = {"decoding": suites.Decoding(step=7), "scoring": PSNR} | more
+    return suites.evaluate(names, run, recipe, run, say=say, **more)
+
+
+def values(result):
+    return {name: figure["value"] for name, figure in result["metrics"].items()}
+
+
+def test_captions_are_written_for_pictures_with_all_that_people_wrote_as_references(run, model):
+    found = scored(run, "captions")["captions"]
+    wrote = {0: ["a red dog"], 1: ["a blue dog"], 2: ["a wet dog", "a dog in the rain"], 3: ["A cat sleeps.",
+             "The cat is asleep."]}  # fmt: skip
+    assert values(found) == captions.evaluate(wrote, {0: "a dog", 1: "", 2: "a wet dog", 3: "a dog"})
+    assert model.asked == [(4, 3)]
+    decoding = found["metrics"]["CIDEr"]["protocol"]["decoding"]
+    assert decoding["seed"] == 3 and decoding["documents"] == 0 and decoding["sampling"]["temperature"] == 0
+    assert results.read(run / "suites" / "captions.json") == found
+    (folder,) = run.glob("suites/captions-*")
+    again = words.score(
+        "captions", folder / "said.json", [folder / "truth.json"], run / "x.json", say=lambda line: None
+    )
+    assert values(again) == values(found)
+
+
+def test_questions_are_asked_without_their_answer(run, model, monkeypatch):
+    def answer(generator, task, rows, seed, sampling, max_text):
+        assert generator is model and task == "question" and all(set(row) == {"question", "image"} for row in rows)
+        return [{"answer": {"What 0?": "yes", "What 1?": "two", "What 2?": ""}[row["question"]]} for row in rows]
+
+    monkeypatch.setattr(suites.tasks, "answer", answer)
+    found = scored(run, "vqa")["vqa"]
+    two = answers.accuracy("two", ["2"] * 4 + ["3"] * 6)
+    wanted = {"accuracy": (1 + two) / 3, "accuracy/yes/no": 1, "accuracy/number": two}
+    assert values(found) == pytest.approx(wanted)
+
+
+def test_pictures_are_drawn_from_first_captions_beside_those_held_out(run, model, monkeypatch):
+    monkeypatch.setattr(suites, "BLOCK", 3)
+    found = scored(run, "pictures")["pictures"]
+    first = ("a red dog", "a blue dog", "a wet dog")
+    assert model.asked == [(first, 3), (("A cat sleeps.",), 4)]
+    (folder,) = run.glob("suites/pictures-*")
+    real = [np.asarray(Image.open(path)) for path in sorted((folder / "real").iterdir())]
+    assert [np.array_equal(a, b.parts[-1]) for a, b in zip(real, shards.Reader(run / "prepared", "test"), strict=False)]
+    assert len(real) == 4 and set(found["metrics"]) == {"psnr", "ssim"}
+    assert found["metrics"]["psnr"]["protocol"]["decoding"]["candidates"] == 1
+    lines = [json.loads(line) for line in (folder / "drawn" / "metadata.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == [*first, "A cat sleeps."]
+
+
+def test_an_interrupted_suite_continues_with_the_block_that_lacks(run, model, monkeypatch):
+    monkeypatch.setattr(suites, "BLOCK", 2)
+    draw, whole = model.text_to_image, scored(run, "pictures")["pictures"]
+    (folder,) = run.glob("suites/pictures-*")
+    for path in (folder / "00001.json", run / "suites" / "pictures.json"):
+        path.unlink()
+    model.asked.clear()
+    again = scored(run, "pictures")["pictures"]
+    assert [seed for _, seed in model.asked] == [4] and values(again) == values(whole) and model.text_to_image == draw
+
+
+def test_what_is_known_is_not_made_again_and_what_changed_is(run, model, monkeypatch):
+    first = scored(run, "captions", "pictures")
+    model.asked.clear()
+    monkeypatch.setitem(score.FIGURES, "psnr", lambda *x: pytest.fail("made again"))
+    monkeypatch.setattr(words, "score", lambda *x, **y: pytest.fail("made again"))
+    lines = []
+    again = scored(run, "captions", "pictures", lines=lines)
+    assert {name: one["metrics"] for name, one in again.items()} == {
+        name: one["metrics"] for name, one in first.items()
+    }
+    assert not model.asked and all(line.endswith("(known)") for line in lines) and len(lines) == 8
+    monkeypatch.undo()
+    monkeypatch.setattr(suites.generate, "load", lambda run, batch, step: model)
+    scored(run, "captions", recipe=dataclasses.replace(RECIPE, evaluate=dataclasses.replace(RECIPE.evaluate, seed=5)))
+    (run / "decoder" / "weights").write_text("others")
+    scored(run, "captions")
+    assert [seed for _, seed in model.asked] == [5, 3] and len(list(run.glob("suites/captions-*"))) == 3
+
+
+def test_a_figure_is_made_again_if_a_picture_changes(run, model):
+    before = values(scored(run, "pictures")["pictures"])
+    (folder,) = run.glob("suites/pictures-*")
+    Image.fromarray(picture()).save(folder / "drawn" / "000000.png")
+    lines = []
+    assert values(scored(run, "pictures", lines=lines)["pictures"])["psnr"] != before["psnr"]
+    assert not any("known" in line for line in lines)
+
+
+@pytest.fixture
+def tasks_run(tmp_path):
+    return write(tmp_path / "tasks", [scenes.record("tasks", 0, i, "test", 48) for i in range(30)])
+
+
+def test_tasks_are_answered_once_and_scored_each_with_its_protocol(tasks_run, monkeypatch):
+    """One who knows: pictures and words come back from what is kept as they were."""
+    known, asked = [scenes.record("tasks", 0, i, "test", 48) for i in range(30)], []
+
+    def answer(generator, task, rows, seed, sampling, max_text, wording):
+        asked.append((task, wording))
+        assert sampling.temperature == (1 if table.TASKS[task].draws else 0)
+        found = [one for one in known if (one.fields["task"], one.fields["wording"]) == (task, wording)]
+        read = [templates.read(task, one.parts) for one in found]
+        return [{name: row[name] for name in table.TASKS[task].answer} for row in read][: len(rows)]
+
+    monkeypatch.setattr(suites.generate, "load", lambda *x: None)
+    monkeypatch.setattr(suites.tasks, "answer", answer)
+    found = scored(tasks_run, "tasks")["tasks"]
+    assert set(values(found).values()) == {1.0} and found["metrics"]["edit"]["protocol"]["samples"] == 2
+    assert {"edit", "edit/whole", "segmentation/miou", "edges/edge_f1", "located/box_iou", "words/text"} <= set(
+        found["metrics"]
+    )
+    assert (
+        scored(tasks_run, "tasks")["tasks"] == found
+        and len(asked)
+        == len(set(asked)) + asked.count("caption") // 2 + (asked.count("long_caption") + asked.count("question")) // 2
+    )
+    (tasks_run / "suites" / "tasks.json").unlink()
+    calls = len(asked)
+    assert scored(tasks_run, "tasks")["tasks"] == found and len(asked) == len(set(asked)) >= len(table.TASKS)
+    (tasks_run / "suites" / "tasks.json").unlink()
+    calls = len(asked)
+    assert scored(tasks_run, "tasks")["tasks"] == found and len(asked) == calls
+    assert results.table([tasks_run / "suites" / "tasks.json"]).startswith("| result | edit | edit/whole |")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("tasks", {}, "suite tasks: a document of scenes:tasks: none of 8 documents fits"),
+        ("captions", {"split": "dev"}, "no split 'dev'; found: test"),
+        ("pictures", {"scoring": configs.Score()}, "fid: needs --score.weights.inception PATH"),
+    ],
+)
+def test_what_a_suite_lacks_is_one_line_before_any_work(run, model, name, more, message):
+    with pytest.raises(UserError, match=message):
+        scored(run, name, **more)
+    assert not model.asked
+
+
+def test_a_model_of_another_form_is_not_asked(run):
+    with pytest.raises(UserError, match="suites vqa and tasks ask as CM3Leon's documents do; .* is of form chameleon"):
+        suites.evaluate(("vqa",), run, talking_run.RECIPE, run)
+
+
+def test_the_verb_takes_suites_and_their_flags_together_only(run, model, capsys):
+    (run / "recipe.json").write_text(json.dumps(configs.to_json(RECIPE)))
+    (run / "decoder" / "checkpoints" / "4").mkdir(parents=True)
+    assert cli.main(["evaluate", str(run), "--split", "validation"]) == 2
+    assert "--held-out, --split and --score go with --suite" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run), "--suite", "picture"]) == 2
+    assert "picture" in capsys.readouterr().err
+
+
+def test_names_of_the_command_line_are_the_suites():
+    assert set(cli.SuiteName.__args__) == {*suites.SUITES, "scenes"}
+
+
+@pytest.mark.slow
+def test_a_real_model_is_scored_by_three_suites_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """A tiny one with random weights."""
+    net = configs.VQGAN(patch=4, width=8, multipliers=(1,), encoder_blocks=1, decoder_blocks=1, attention=(), z=3)
+    model = configs.Decoder(layers=1, width=16, heads=2, position="both", dtype="float32")
+    recipe = configs.Recipe(
+        vocab=configs.Vocab(text=320, image=11, sentinels=4, multiple=8),
+        prepare=configs.Prepare(resolution=SIDE),
+        image=configs.Image(model=net),
+        decoder=configs.DecoderStage(model=model, packing=configs.Packing("whole", 160, picture=16)),
+        evaluate=configs.Evaluate(samples=3, batch=4, max_text=6),
+    )
+    held = write(tmp_path / "held", records())
+    run = tmp_path / "run"
+    run.mkdir()
+    random_run.make(run, recipe, ["a red dog", "Question: What 1? Answer: yes."] * 9)
+    told = ["evaluate", str(run), "--suite", "captions", "vqa", "pictures", "--held-out", str(held)]
+    told += ["--score.metrics", "psnr", "ssim"]
+    assert cli.main(told) == 0
+    out = capsys.readouterr().out
+    assert "suite captions: CIDEr: " in out and "suite vqa: accuracy: " in out and "suite pictures: ssim: " in out
+    assert cli.main(told) == 0
+    assert capsys.readouterr().out.count("(known)") == 6 + 3 + 2
+    assert cli.main(["tabulate", *(str(run / "suites" / f"{name}.json") for name in ("captions", "vqa"))]) == 0
