@@ -11,6 +11,7 @@ from PIL import Image
 
 from cm3jax import cli
 from cm3jax import config as configs
+from cm3jax import run as stage
 from cm3jax.data import scenes, shards
 from cm3jax.evaluate import answers, captions, results, score, suites, words
 from cm3jax.tasks import table, templates
@@ -230,13 +231,41 @@ def test_a_model_of_another_form_is_not_asked(run):
         suites.evaluate(("vqa",), run, talking_run.RECIPE, run)
 
 
-def test_the_verb_takes_suites_and_their_flags_together_only(run, model, capsys):
+@pytest.fixture
+def made(run, monkeypatch):
+    """A run with a recipe, whose evaluation and checkpoints are made up."""
     (run / "recipe.json").write_text(json.dumps(configs.to_json(RECIPE)))
-    (run / "decoder" / "checkpoints" / "4").mkdir(parents=True)
-    assert cli.main(["evaluate", str(run), "--split", "validation"]) == 2
-    assert "--held-out, --split and --score go with --suite" in capsys.readouterr().err
-    assert cli.main(["evaluate", str(run), "--suite", "picture"]) == 2
-    assert "picture" in capsys.readouterr().err
+    calls = []
+    monkeypatch.setattr(stage, "run", lambda recipe, folder, **how: calls.append((recipe.evaluate, how)))
+    monkeypatch.setattr(suites.checkpoint, "steps", lambda folder: [2, 4])
+    return run, calls
+
+
+def test_the_verb_scores_by_suites_and_makes_the_evaluation_only_where_it_is_not(made, model, capsys):
+    run, calls = made
+    told = ["evaluate", str(run), "--suite", "scenes", "captions", "pictures", "--evaluate.samples", "2"]
+    assert cli.main([*told, "--score.metrics", "psnr"]) == 0
+    assert calls == [(dataclasses.replace(RECIPE.evaluate, samples=2), {"only": "evaluate"})]
+    out = capsys.readouterr().out
+    assert "suite captions: CIDEr: " in out and "suite pictures: psnr: " in out
+    assert out.endswith(f"result: {run}/suites/captions.json\nresult: {run}/suites/pictures.json\n")
+    assert json.loads((run / "suites" / "pictures.json").read_text())["pictures"]["files"] == 2
+    assert cli.main(["evaluate", str(run), "--suite", "scenes"]) == 0 and len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--split", "validation"], "--held-out, --split and --score go with --suite; add it"),
+        (["--suite", "picture"], "picture"),
+        (["--suite", "captions", "--held-out", "nowhere"], "nowhere/prepared': no such folder"),
+        (["--suite", "captions", "--decoder.steps", "3"], "--decoder.training.steps: does nothing here"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(made, model, capsys, argv, message):
+    assert cli.main(["evaluate", str(made[0]), *argv]) == 2
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1 and not made[1]
 
 
 def test_names_of_the_command_line_are_the_suites():

@@ -36,6 +36,8 @@ from cm3jax.types import Record, UserError
 
 BLOCK = 256
 """Answers of the model that are kept together; an interruption costs one block. Block k draws from seed + k."""
+PARTS = ("text", "image", "decoder", "retriever", "bank")
+"""Folders of a run that what it draws and writes depends on."""
 NOTHING = "."
 """Stands for an empty text of the model, which no format of results has; scores count no word in it."""
 JUDGED_BY = ("evaluate/tasks", "evaluate/scenes", "data/scenes_recognise", "data/scenes_tasks_read")
@@ -44,6 +46,10 @@ JUDGED_BY += (
     *(f"evaluate/{name}" for name in ("segmentation", "edges", "boxes", "letters")),
 )
 """Modules that decide the figures of tasks."""
+
+
+Work = Callable[[list[Record], list[int], int], list]
+"""(documents, their numbers, seed) -> what the model gives for each, JSON types."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +89,9 @@ class Bench:
 
     @functools.cached_property
     def weights(self) -> str:
-        """A digest of the model's files and the checkpoint's step."""
-        names = [name for part in ("text", "image", "decoder") for name in stages.files(self.run, part)]
-        step = self.decoding.step or checkpoint.steps(self.run / "decoder")[-1]
+        """A digest of the files of the model and its memory, and of the checkpoint's step."""
+        names = [name for part in PARTS for name in stages.files(self.run, part)]
+        step = checkpoint.steps(self.run / "decoder")[-1] if self.decoding.step is None else self.decoding.step
         return configs.digest(stages.fingerprint(self.run, names), step)
 
     def rows(self, fits: Callable[[Record], Any], what: str, most: int = 0) -> list[int]:
@@ -110,8 +116,8 @@ class Bench:
         write_text(folder / "made.json", json.dumps(about, indent=1) + "\n")
         return folder
 
-    def answers(self, folder: pathlib.Path, rows: Sequence[int], work: Callable[[list[Record], list[int], int], list]):
-        """Return what work(documents, their numbers, seed) gives for each, JSON types; blocks that are there stay."""
+    def answers(self, folder: pathlib.Path, rows: Sequence[int], work: Work) -> list[Any]:
+        """Return what the model gives for each document; blocks that are there stay."""
         found: list[Any] = []
         for block, first in enumerate(range(0, len(rows), BLOCK)):
             part, path = rows[first : first + BLOCK], folder / f"{block:05d}.json"
