@@ -105,12 +105,16 @@ class Bench:
             raise UserError(f"suite {what}: none of {len(self.reader)} documents fits; see cm3jax evaluate --help")
         return found
 
+    def documents(self, rows: Sequence[int]) -> str:
+        """Return 16 hex digits of the bytes of these documents."""
+        found = hashlib.sha256()
+        for i in rows:
+            found.update(hashlib.sha256(self.reader.read_bytes(i)).digest())
+        return found.hexdigest()[:16]
+
     def folder(self, suite: str, rows: Sequence[int], how: Mapping[str, Any]) -> pathlib.Path:
         """Return where the answers to these documents lie, under a name that stands for all that decides them."""
-        shown = hashlib.sha256()
-        for i in rows:
-            shown.update(hashlib.sha256(self.reader.read_bytes(i)).digest())
-        about = {"weights": self.weights, "documents": shown.hexdigest()[:16], **how}
+        about = {"weights": self.weights, "documents": self.documents(rows), **how}
         folder = self.run / "suites" / f"{suite}-{configs.digest(about)[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "made.json", json.dumps(about, indent=1) + "\n")
@@ -316,7 +320,7 @@ def answered(bench: Bench, out: pathlib.Path) -> dict:
         return kept(path, table.TASKS[task].answer[0])
 
     found, _ = judges.measure((bench.reader[i] for i in rows), answer, settings.samples)
-    told = {"set": f"scenes:{TASKS}", "reference": {"data": configs.digest([bench.reader[i].key for i in rows])}}
+    told = {"set": f"scenes:{TASKS}", "reference": {"data": bench.documents(rows)}}
     metrics = {}
     for name, value, samples in flat(found):
         protocol_ = {"samples": samples, **told, "code": results.code(JUDGED_BY), **how}

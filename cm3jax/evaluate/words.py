@@ -238,9 +238,9 @@ def _columns(row: Mapping[str, Any]) -> list[str]:
 def _visdial(path: pathlib.Path, truth: Sequence[pathlib.Path], part: bool, split: str) -> Iterator[Scored]:
     found = {key: item.field(row, "ranks", path, key) for key, row in rows(path, "image_id", "round_id").items()}
     for key, ranks in found.items():
-        count = len(next(iter(found.values())))
-        if not all(isinstance(rank, int) for rank in ranks) or sorted(ranks) != list(range(1, count + 1)):
-            raise UserError(f"{str(path)!r}: id {key}: ranks must be 1 to {count}, in any order, each once")
+        count = len(next(iter(found.values()))) if isinstance(ranks, list) else 0
+        if not count or sorted(map(repr, ranks)) != sorted(map(repr, range(1, count + 1))):
+            raise UserError(f"{str(path)!r}: id {key}: ranks must be a list of 1, 2, ..., in any order, each once")
     for other in truth:
         dialogs = isinstance(opened(other, object), dict)
         yield (_sparse if dialogs else _dense)(path, found, other, part)
