@@ -292,7 +292,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
             "decoder: {retrieved:,} documents are retrieved for them in an epoch, {given_up:,} more had no room in"
             " a row".format(**facts)
         )
-    for line in found.describe() if sets else ():
+    for line in found.describe(stage.training.steps * stage.training.batch / facts["rows"]) if sets else ():
         say(f"decoder: {line}")
     model = stages.significant(config.to_json(stage.model), "decoder.model")
     meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": model}
