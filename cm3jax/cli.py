@@ -779,12 +779,25 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """List the tasks of instruction tuning, each with an example."""
+    """List the tasks of instruction tuning, each with an example; or count them in what a run trains on.
+
+    cm3jax tasks question
+
+    cm3jax tasks runs/sft-scenes
+    """
 
     name: Positional[Annotated[str, arg(metavar="TASK")]] = ""
-    """One of them alone, with all its wordings; "": all."""
+    """One of them alone, with all its wordings; "": all. A run folder with prepared/ and tokens/: how many documents
+    of each task its rows hold, and in how many of them exactly the answer is masked."""
+    rows: int = 2000
+    """Of a run: rows that are looked at, the first of the first epoch, which are shuffled."""
 
     def __call__(self):
+        if self.name and pathlib.Path(self.name).is_dir():
+            from cm3jax.data import census
+
+            run_recipe(self.name)
+            return print(census.of_run(self.name, positive("rows", self.rows)))
         from cm3jax.tasks import show
 
         print(show.one(self.name) if self.name else show.all())
