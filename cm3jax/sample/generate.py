@@ -333,7 +333,7 @@ class Generator:
         for row in np.flatnonzero(sizes > limit):
             over, shown = sizes[row] - limit, prompts[row].retrieved
             of_them, or_fewer = (
-                (", of which {} of retrieved documents", " or show fewer documents") if shown else ("", "")
+                (", of which {} of documents before it", " or show fewer of these") if shown else ("", "")
             )
             raise UserError(
                 f"prompt {row}: {sizes[row]} tokens{of_them.format(shown)}, but the model's row of {self.model.length}"
