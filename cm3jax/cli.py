@@ -114,6 +114,9 @@ class Encode:
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Run folder with prepared/, text/ and image/."""
+    tokenizers: str = ""
+    """Run folder whose text/ and image/ are linked into RUN first, as for a set that its model is to be tuned on; "":
+    RUN's own."""
     redo: bool = False
     """Make them again from nothing."""
     host: int = 0
@@ -127,7 +130,8 @@ class Encode:
         from cm3jax import run
 
         refuse_idle("encode", self.recipe, run_recipe(self.run), ("tokens",))
-        make(run.adopt(self.recipe, self.run, "tokens"), self.run, "tokens", self)
+        recipe = run.borrow(self.recipe, self.run, folder(self.tokenizers)) if self.tokenizers else self.recipe
+        make(run.adopt(recipe, self.run, "tokens"), self.run, "tokens", self)
 
 
 def make(recipe: Recipe, out: str, stage: str, flags: Prepare | Encode) -> None:
@@ -826,13 +830,13 @@ class Tasks:
     """Of a run: rows that are looked at, the first of the first epoch, which are shuffled."""
 
     def __call__(self):
-        if self.name and pathlib.Path(self.name).is_dir():
+        from cm3jax.tasks import show, table
+
+        if self.name and self.name not in table.TASKS and pathlib.Path(self.name).is_dir():
             from cm3jax.data import census
 
             run_recipe(self.name)
             return print(census.of_run(self.name, positive("rows", self.rows)))
-        from cm3jax.tasks import show
-
         print(show.one(self.name) if self.name else show.all())
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import json
 import pickle
 
 import hypothesis
@@ -237,7 +238,7 @@ def test_a_set_of_another_tokenizer_is_refused(tmp_path, field):
     stages.write(tmp_path / "b", stages.Record(complete=True, inputs={**inputs, "prepare": "q"}))
     run.check_set(tmp_path / "b", tmp_path / "a")
     stages.write(tmp_path / "b", stages.Record(complete=True, inputs={**inputs, field: "other"}))
-    with pytest.raises(UserError, match=f"made with another {field} tokenizer"):
+    with pytest.raises(UserError, match=f"made with another {field} tokenizer .* --redo --tokenizers"):
         run.check_set(tmp_path / "b", tmp_path / "a")
     with pytest.raises(UserError, match="no finished tokens/ folder"):
         run.check_set(tmp_path / "c", tmp_path / "a")
@@ -254,3 +255,33 @@ def test_a_mixture_is_set_by_flags():
         config.from_json(DecoderStage, config.to_json(dataclasses.replace(DecoderStage(), mixture=found))).mixture
         == found
     )
+
+
+@pytest.mark.parametrize("field", ["text", "image"])
+def test_a_start_of_another_tokenizer_is_refused(tmp_path, field):
+    stages.write(tmp_path / "set" / "tokens", stages.Record(complete=True, inputs={"text": "t", "image": "i"}))
+    for name in ("text", "image"):
+        stages.write(tmp_path / "start" / name, stages.Record(complete=True, result=name[0]))
+    run.check_start(tmp_path / "start", tmp_path / "set" / "tokens")
+    stages.write(tmp_path / "start" / field, stages.Record(complete=True, result="other"))
+    with pytest.raises(UserError, match=f"has another {field} tokenizer than .* --tokenizers .*start"):
+        run.check_start(tmp_path / "start", tmp_path / "set" / "tokens")
+    (tmp_path / "start" / field / "stage.json").unlink()
+    with pytest.raises(UserError, match=f"has no {field} tokenizer"):
+        run.check_start(tmp_path / "start", tmp_path / "set" / "tokens")
+
+
+def test_a_set_borrows_the_tokenizers_of_a_run(tmp_path):
+    known = config.Recipe(name="pretrained", vocab=VOCAB)
+    for name in ("start/text", "start/image", "set", "other", "own/text"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "start" / "recipe.json").write_text(json.dumps(config.to_json(known)))
+    for _ in range(2):  # the second time they are there
+        found = run.borrow(config.Recipe(name="set"), tmp_path / "set", tmp_path / "start")
+        assert (found.name, found.vocab) == ("set", VOCAB)
+    assert all((tmp_path / "set" / name).samefile(tmp_path / "start" / name) for name in ("text", "image"))
+    with pytest.raises(UserError, match="own/text: is not that of --tokenizers"):
+        run.borrow(known, tmp_path / "own", tmp_path / "start")
+    (tmp_path / "start" / "image").rmdir()
+    with pytest.raises(UserError, match="has no image/; give a run"):
+        run.borrow(known, tmp_path / "other", tmp_path / "start")
