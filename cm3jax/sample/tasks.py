@@ -10,7 +10,7 @@ What a task needs and what it gives back says `tasks.table`. Row i of a call dra
     tasks.answer(generator, "question", [{...}], examples=seen)
 
 Examples stand before each query, as documents that were retrieved for it do (arXiv 2309.02591 §2.1), in all streams of
-guidance.
+guidance. A model that was trained without retrieval has seen nothing of the kind.
 """
 
 from collections.abc import Mapping, Sequence
