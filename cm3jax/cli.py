@@ -17,7 +17,7 @@ import signal
 import sys
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from cm3jax import config as configs
 from cm3jax import flags, stages
@@ -32,6 +32,7 @@ FeatureName = Literal["edges", "segmentation", "hed", "pose", "depth", "normals"
 Benchmark = Literal["all", "train", "decode", "data", "prepare", "chameleon", "chameleon-7b"]
 SuiteName = Literal["scenes", "tasks", "pictures", "captions", "vqa"]
 TextKind = Literal["captions", "vqa", "vizwiz", "science-qa", "visdial"]
+Examples = UseAppendAction[tuple[tuple[str, ...], ...]]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
 
 
@@ -115,6 +116,9 @@ class Encode:
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Run folder with prepared/, text/ and image/."""
+    tokenizers: str = ""
+    """Run folder whose text/ and image/ are linked into RUN first, as for a set that its model is to be tuned on; "":
+    RUN's own."""
     redo: bool = False
     """Make them again from nothing."""
     host: int = 0
@@ -128,7 +132,8 @@ class Encode:
         from cm3jax import run
 
         refuse_idle("encode", self.recipe, run_recipe(self.run), ("tokens",))
-        make(run.adopt(self.recipe, self.run, "tokens"), self.run, "tokens", self)
+        recipe = run.borrow(self.recipe, self.run, folder(self.tokenizers)) if self.tokenizers else self.recipe
+        make(run.adopt(recipe, self.run, "tokens"), self.run, "tokens", self)
 
 
 def make(recipe: Recipe, out: str, stage: str, flags: Prepare | Encode) -> None:
@@ -354,6 +359,8 @@ class Edit:
 
     cm3jax edit RUN photo.jpg "make the sky red" --guidance 7.5 --image_guidance 1.5
 
+    cm3jax edit RUN photo.jpg "make the sky red" --example a.png "make the sky red" b.png
+
     With --image_guidance, how much the picture weighs and how much the instruction does are two numbers; Chameleon's
     public code edits with the above.
     """
@@ -369,13 +376,16 @@ class Edit:
     seed: int = 0
     out: str = ""
     """Folder for the pictures; "": RUN/edited."""
+    example: Examples = ()
+    """PICTURE INSTRUCTION EDITED: an edit to go by, shown before this one; may be given several times."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
         from cm3jax import png
 
         values = {"instruction": stated(self.instruction, "instruction"), "image": png.read(self.picture)}
-        draw_task(self, "edit", values, self.instruction, "edited")
+        examples = read_examples(self.example, ("image", "instruction", "edited_image"))
+        draw_task(self, "edit", values, examples, self.instruction, "edited")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,6 +413,8 @@ class DrawFrom:
     seed: int = 0
     out: str = ""
     """Folder for the pictures; "": RUN/drawn."""
+    example: Examples = ()
+    """FEATURE_IMAGE CAPTION PICTURE: a drawing to go by, shown before this one; may be given several times."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -413,10 +425,25 @@ class DrawFrom:
         if self.of_picture:
             picture = features.make(self.kind, picture)
         values = {"caption": stated(self.caption), "feature_image": picture}
-        draw_task(self, self.kind, values, self.caption, "drawn")
+        examples = read_examples(self.example, ("feature_image", "caption", "image"))
+        draw_task(self, self.kind, values, examples, self.caption, "drawn")
 
 
-def draw_task(verb: Edit | DrawFrom, task: str, values: dict, title: str, into: str) -> None:
+def read_examples(given: tuple[tuple[str, ...], ...], names: tuple[str, ...]) -> list[dict]:
+    """Return {field: text, or the picture in the file} of each --example, whose words are these fields."""
+    from cm3jax import png
+
+    wanted = " ".join(name.upper() for name in names)
+    for words in given:
+        if len(words) != len(names):
+            raise UserError(f"--example {' '.join(map(repr, words))}: {len(words)} words; needs {len(names)}: {wanted}")
+    return [
+        {name: png.read(word) if name.endswith("image") else word for name, word in zip(names, words, strict=True)}
+        for words in given
+    ]
+
+
+def draw_task(verb: Edit | DrawFrom, task: str, values: dict, examples: list, title: str, into: str) -> None:
     """Draw --count pictures of one task, and print where they are."""
     from cm3jax import png
 
@@ -426,7 +453,7 @@ def draw_task(verb: Edit | DrawFrom, task: str, values: dict, title: str, into: 
 
     generator = generate.load(run, step=chosen_checkpoint(run))
     (field,) = tasks.table.find(task).answer
-    for i, found in enumerate(tasks.answer(generator, task, rows, seed, verb.sampling)):
+    for i, found in enumerate(tasks.answer(generator, task, rows, seed, verb.sampling, examples=examples)):
         print(png.write(verb.out or run / into, found[field], title, verb.seed, i, verb))
 
 
@@ -437,6 +464,8 @@ class Ask:
     cm3jax ask RUN photo.jpg "What lies on the table?"
 
     cm3jax ask RUN photo.jpg "Which is a fruit?" --options "(A) apple (B) cup" --reason
+
+    cm3jax ask RUN photo.jpg "What is it?" --example a.png "What is it?" cup --example b.png "What is it?" apple
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
@@ -454,6 +483,9 @@ class Ask:
     seed: int = 0
     max_text: int = 96
     """Longest answer, in tokens."""
+    example: Examples = ()
+    """PICTURE QUESTION ANSWER: one to go by, shown before this one; may be given several times. With --options it is
+    PICTURE QUESTION OPTIONS ANSWER, with --reason PICTURE QUESTION OPTIONS EXPLANATION ANSWER."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -463,7 +495,9 @@ class Ask:
             raise UserError("ask: --reason and --context go with --options, the answers to choose among; add them")
         task = ("reasoning" if self.reason else "choice") if self.options else "question"
         values = {"question": stated(self.question, "question"), "image": png.read(self.picture)}
-        print(write_task(self, task, values | {"context": self.context, "options": self.options}))
+        names = ["image", "question", *["options"] * bool(self.options), *["explanation"] * self.reason, "answer"]
+        examples = [{"context": "", **one} for one in read_examples(self.example, tuple(names))]
+        print(write_task(self, task, values | {"context": self.context, "options": self.options}, examples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,21 +516,24 @@ class Describe:
     seed: int = 0
     max_text: int = 192
     """Longest description, in tokens."""
+    example: Examples = ()
+    """PICTURE DESCRIPTION: one to go by, shown before this one; may be given several times."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
         from cm3jax import png
 
-        print(write_task(self, "long_caption" if self.long else "caption", {"image": png.read(self.picture)}))
+        task, values = "long_caption" if self.long else "caption", {"image": png.read(self.picture)}
+        print(write_task(self, task, values, read_examples(self.example, ("image", "caption"))))
 
 
-def write_task(verb: Ask | Describe, task: str, values: dict) -> str:
+def write_task(verb: Ask | Describe, task: str, values: dict, examples: list) -> str:
     """Return the fields of one answer, a line each."""
     run, seed, max_text = folder(verb.run), seeded(verb.seed), positive("max_text", verb.max_text)
     from cm3jax.sample import generate, tasks
 
     generator = generate.load(run, step=chosen_checkpoint(run))
-    (found,) = tasks.answer(generator, task, [values], seed, verb.sampling, max_text)
+    (found,) = tasks.answer(generator, task, [values], seed, verb.sampling, max_text, examples=examples)
     return "\n".join(found.values())
 
 
@@ -852,14 +889,27 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """List the tasks of instruction tuning, each with an example."""
+    """List the tasks of instruction tuning, each with an example; or count them in what a run trains on.
+
+    cm3jax tasks question
+
+    cm3jax tasks runs/sft-scenes
+    """
 
     name: Positional[Annotated[str, arg(metavar="TASK")]] = ""
-    """One of them alone, with all its wordings; "": all."""
+    """One of them alone, with all its wordings; "": all. A run folder with prepared/ and tokens/: how many documents
+    of each task its rows hold, and in how many of them exactly the answer is masked."""
+    rows: int = 2000
+    """Of a run: rows that are looked at, the first of the first epoch, which are shuffled."""
 
     def __call__(self):
-        from cm3jax.tasks import show
+        from cm3jax.tasks import show, table
 
+        if self.name and self.name not in table.TASKS and pathlib.Path(self.name).is_dir():
+            from cm3jax.data import census
+
+            run_recipe(self.name)
+            return print(census.of_run(self.name, positive("rows", self.rows)))
         print(show.one(self.name) if self.name else show.all())
 
 

@@ -622,19 +622,27 @@ class Mixture:
     sets: tuple[str, ...] = ()
     """Token folders of other runs (RUN/tokens), made with the same two tokenizers; (): the run's own tokens alone."""
     weights: tuple[float, ...] = ()
-    """Shares of the tokens, the run's own first, then those of `sets`; they need not add up to 1."""
+    """Shares of the tokens, the run's own first, then those of `sets`; they need not add up to 1. (): equal shares."""
+    least: float = later(0.0)
+    """An epoch passes over each set at least so often, whatever the weights: instruction tuning down-samples to 0.3
+    (arXiv 2309.02591 table 4; that the threshold is one of passes is our reading)."""
+    most: float = later(0.0)
+    """And at most so often: instruction tuning up-samples to 3 (the same); 0: no limit."""
 
     def __post_init__(self):
         wanted = len(self.sets) + 1 if self.sets else 0
-        if len(self.weights) != wanted:
+        if self.weights and len(self.weights) != wanted:
             raise ValueError(
                 f"decoder.mixture.weights = {self.weights}: must be {wanted} numbers, for the run's own tokens and the"
-                f" {len(self.sets)} sets"
+                f" {len(self.sets)} sets, or none for equal shares"
             )
         if any(not 0 < w < math.inf for w in self.weights):
             raise ValueError(
                 f"decoder.mixture.weights = {self.weights}: must be above 0; leave out a set without weight"
             )
+        within(self, "decoder.mixture", 0, 1, "least")
+        if self.most:
+            within(self, "decoder.mixture", 1, math.inf, "most")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -276,6 +276,8 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     for folder in (run / "tokens", *sets):
         check_set(folder, run / "tokens")
         index.check(folder, HOW["tokens"].format(run=folder.parent))
+    if recipe.decoder.start:
+        check_start(pathlib.Path(recipe.decoder.start), run / "tokens")
     stage, vocab, host = recipe.decoder, recipe.vocab, (jax.process_index(), jax.process_count())
     held_out = "validation" in token_shards.splits(run / "tokens")
     mixture = dataclasses.replace(stage.mixture, sets=tuple(map(str, sets)))
@@ -292,7 +294,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
             "decoder: {retrieved:,} documents are retrieved for them in an epoch, {given_up:,} more had no room in"
             " a row".format(**facts)
         )
-    for line in found.describe() if sets else ():
+    for line in found.describe(stage.training.steps * stage.training.batch / facts["rows"]) if sets else ():
         say(f"decoder: {line}")
     model = stages.significant(config.to_json(stage.model), "decoder.model")
     meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": model}
@@ -324,8 +326,21 @@ def check_set(folder: pathlib.Path, own: pathlib.Path) -> None:
     for name in ("text", "image"):
         if record.inputs.get(name) != mine.inputs.get(name):
             raise UserError(
-                f"token set {str(folder)!r}: made with another {name} tokenizer than {str(own)!r}; link that run's"
-                f" {name}/ to {str(own.parent / name)!r} and encode it again"
+                f"token set {str(folder)!r}: made with another {name} tokenizer than {str(own)!r}; make it again with"
+                f" cm3jax encode {folder.parent} --redo --tokenizers {own.parent}"
+            )
+
+
+def check_start(start: pathlib.Path, tokens: pathlib.Path) -> None:
+    """Raise UserError unless the run whose decoder training begins with has the tokenizers of a token folder."""
+    mine = stages.read(tokens)
+    for name in ("text", "image"):
+        record = stages.read(STAGES[name].folder(start))
+        if record is None or record.result != mine.inputs.get(name):
+            odd = "has no" if record is None else "has another"
+            raise UserError(
+                f"decoder.start = {start}: {odd} {name} tokenizer than {str(tokens)!r} was made with; make that again"
+                f" with cm3jax encode {tokens.parent} --redo --tokenizers {start}"
             )
 
 
@@ -771,6 +786,24 @@ def form_of(settings: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     form = config.from_json(config.Form, settings.get("form", {}), "form")
     packing = dataclasses.replace(recipe.decoder.packing, opening=form.begin if form.kind == "chameleon" else EOD)
     return {"form": form, "decoder": dataclasses.replace(recipe.decoder, packing=packing)}
+
+
+def borrow(recipe: Recipe, folder, source) -> Recipe:
+    """Link the tokenizers of another run into a run folder; return the recipe with the vocabulary and form of that run.
+
+    Raises:
+      UserError: if it has none, or the folder has others.
+    """
+    known = config.load(pathlib.Path(source) / "recipe.json")
+    for name in ("text", "image"):
+        here, there = (STAGES[name].folder(pathlib.Path(run)) for run in (folder, source))
+        if not there.is_dir():
+            raise UserError(f"--tokenizers {source}: has no {name}/; give a run that has both tokenizers")
+        if here.exists() and not here.samefile(there):
+            raise UserError(f"{here}: is not that of --tokenizers {source}; remove it, or leave the flag out")
+        if not here.exists():
+            here.symlink_to(os.path.relpath(there, here.parent), target_is_directory=True)
+    return dataclasses.replace(recipe, vocab=known.vocab, form=known.form)
 
 
 def link(stage: str, source: pathlib.Path, folder: pathlib.Path) -> None:

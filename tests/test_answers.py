@@ -10,7 +10,7 @@ import pytest
 
 from cm3jax import config as configs
 from cm3jax.config import DecoderStage, Mask, Packing, Training
-from cm3jax.data import encode, index, mixing, neighbours, packing, pipeline, retrieved, scenes, tokens
+from cm3jax.data import census, encode, index, mixing, neighbours, packing, pipeline, retrieved, scenes, tokens
 from cm3jax.objectives import causal_mask
 from cm3jax.tasks import table, templates
 from cm3jax.tokenizers import document, text
@@ -48,9 +48,12 @@ def opened(data):
     return tokens.Tokens(data[2], "train")
 
 
-def task(key):
-    """Return the task of a document of `scenes:tasks`."""
-    return key.rsplit("-", 1)[1]
+def shares(found, stage, rows):
+    """Return of each task the share of its documents that teach its prompt."""
+    keys = found.keys()  # of `scenes:tasks` end with the task
+    tasks = [key.rsplit("-", 1)[1] if "tasks" in key else "" for key in keys]
+    counts = census.count(found, stage, VOCAB, tasks, rows)
+    return {name: one.taught / one.documents for name, one in counts.items() if name != census.NONE}
 
 
 def parts(record):
@@ -93,21 +96,21 @@ def test_every_task_s_prompt_begins_a_document_of_the_shards(data):
 
 def test_every_task_s_prompt_is_common_in_what_is_trained_on(data):
     rows = 8 * len(data[0])
-    found = pipeline.task_frequencies(opened(data), STAGE, VOCAB, task, rows)
+    found = shares(opened(data), STAGE, rows)
     assert found.keys() == table.TASKS.keys()
     words = [found[name] for name, one in table.TASKS.items() if not one.draws]
     drawn = [found[name] for name, one in table.TASKS.items() if one.draws]
     assert min(words) > 0.35 and max(words) < 0.75 and 0.45 < np.mean(words) < 0.62  # half, and a few by the law
     assert min(drawn) > 0.5 and 0.6 < np.mean(drawn) < 0.76  # half, and e^-1 of the rest
     law = dataclasses.replace(STAGE, mask=Mask())
-    assert min(pipeline.task_frequencies(opened(data), law, VOCAB, task, rows).values()) < 0.05
+    assert min(shares(opened(data), law, rows).values()) < 0.05
 
 
 def test_in_packed_rows_each_document_is_masked_by_itself(data):
     """Isolated documents of one row: each has its answers masked, or what the law drew for it."""
     stage = dataclasses.replace(STAGE, packing=Packing("whole", 600, isolate=True, most_spans=12))
     found = opened(data)
-    assert min(pipeline.task_frequencies(found, stage, VOCAB, task, 200).values()) > 0.3
+    assert min(shares(found, stage, 200).values()) > 0.3
     make, counts = pipeline.Batches(found, stage, VOCAB), collections.Counter()
     for g in range(len(make.epochs.plan(0))):
         _, owner, spans, _ = make.unmasked(g)
@@ -177,7 +180,7 @@ def test_a_mixture_keeps_the_answers_of_its_sets(data, tmp_path):
     stage = dataclasses.replace(STAGE, mixture=mixture)
     found = mixing.open(tmp_path, "train", stage)
     assert len(found.answers(39)) == 0 and np.array_equal(found.answers(40), opened(data).answers(0))
-    assert min(pipeline.task_frequencies(found, stage, VOCAB, task, 400).values()) > 0.2
+    assert min(shares(found, stage, 400).values()) > 0.2
 
 
 def test_answers_stand_behind_what_was_retrieved_for_their_document(data, tmp_path):

@@ -116,6 +116,20 @@ def test_there_are_configs():
     assert {"quickstart", "tiny", "7b"} <= {path.stem for path in CONFIGS}
 
 
+@pytest.mark.parametrize("size", ["350m", "760m", "7b"])
+def test_instruction_tuning_has_the_paper_s_settings_and_the_pretrained_network(size):
+    """arXiv 2309.02591 table 4; half of the documents mask their answers (ours)."""
+    folder = pathlib.Path(__file__).parent.parent / "configs"
+    tuned, before = (config.load(folder / name / f"{size}.py").decoder for name in ("sft", "cm3leon"))
+    training, rows = tuned.training, tuned.packing.length
+    assert (training.optimizer.peak_lr, training.optimizer.warmup, rows) == (5e-5, 150, 4096)
+    assert training.batch * rows == 2**21 and training.batch % training.accumulate == 0
+    assert abs(training.steps * training.batch * rows - 30e9) < training.batch * rows
+    assert (tuned.mixture.least, tuned.mixture.most, tuned.mask.answers) == (0.3, 3.0, 0.5)
+    assert (tuned.model, tuned.packing) == (before.model, before.packing)
+    assert dataclasses.replace(tuned.mask, answers=0.0) == before.mask
+
+
 def test_the_config_that_json_holds_is_the_one_that_python_holds(tmp_path):
     recipe = config.load(CONFIGS[0])
     (tmp_path / "recipe.json").write_text(json.dumps(config.to_json(recipe)))

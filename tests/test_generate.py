@@ -131,7 +131,7 @@ def test_no_prompts_give_no_answers(generator):
         (lambda g, p: g.text_to_image(["x" * 200]), "prompt 0: 202 tokens, but the model's row of 72 leaves 63"),
         (
             lambda g, p: g.text_to_image(["red"], retrieved=[documents(g, p) * 4]),
-            "of which 108 of retrieved documents, but the model's row of 72 leaves 63 before an answer of 9; shorten",
+            "of which 108 of documents before it, but the model's row of 72 leaves 63 before an answer of 9; shorten",
         ),
         (lambda g, p: g.text_to_image(["red"], retrieved=[]), "1 prompts, 0 lists_of_retrieved_documents: must be as"),
         (lambda g, p: g.infill_text(p[:1], ["no mask"]), "caption 'no mask': has 0 <mask>; must have exactly one"),

@@ -158,7 +158,7 @@ def external(name, top_level=False):
 
 def test_reading_data_never_loads_jax():
     """But for what reads with grain, which imports jax by itself; there, no backend is started."""
-    with_grain = {f"cm3jax.data.{name}" for name in ("pipeline", "picture_batches", "pair_batches")}
+    with_grain = {f"cm3jax.data.{name}" for name in ("pipeline", "picture_batches", "pair_batches", "census")}
     loads = [f"importlib.import_module({n!r})" for n in DATA if n not in with_grain]
     assert len(loads) > 10
     assert not loaded_after("\n".join(["import importlib", *loads])) & (HEAVY | {"jax", "flax"})

@@ -3,8 +3,11 @@
 import collections
 import dataclasses
 import itertools
+import json
 import pickle
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
@@ -159,9 +162,73 @@ def test_a_set_without_tokens_is_refused(folder, tmp_path):
         mixing.open(folder / "a", "train", DecoderStage(mixture=Mixture((str(tmp_path / "empty"),), (1.0, 1.0))))
 
 
+TOTALS = st.lists(st.integers(1, 10**9), min_size=2, max_size=9)
+
+
+@hypothesis.given(TOTALS, st.data(), st.floats(0, 1), st.one_of(st.just(0.0), st.floats(1, 20)))
+def test_no_set_is_passed_over_more_or_less_often_than_the_limits_and_the_others_keep_their_shares(
+    totals, data, least, most
+):
+    weights = tuple(data.draw(st.floats(0.01, 100)) for _ in totals)
+    mixture = Mixture(("x",) * (len(totals) - 1), weights, least, most)
+    found = mixing.passes(totals, mixture)
+    assert (found >= least).all() and (found <= (most or np.inf)).all()
+    assert found @ np.array(totals, float) == pytest.approx(sum(totals))  # an epoch has all tokens' number
+    wanted = np.array(weights) / np.array(totals)
+    factor, free = found / wanted, (found > least) & (found < (most or np.inf))
+    if free.any():  # one factor for all that no limit holds
+        assert factor[free] == pytest.approx(np.full(free.sum(), factor[free][0]))
+        assert (factor[found == least] >= factor[free][0] * (1 - 1e-9)).all()
+        assert (factor[found == most] <= factor[free][0] * (1 + 1e-9)).all()
+
+
+def test_the_limits_of_the_paper_by_hand():
+    """Equal shares of 100, 1000 and 9000 tokens would be 33.7, 3.37 and 0.374 passes."""
+    small = mixing.passes([100, 1000, 9000], Mixture(("b", "c"), (), 0.3, 3.0))
+    assert small == pytest.approx([3.0, 3.0, (10_100 - 3300) / 9000])
+    large = mixing.passes([4000, 4000, 90_000], Mixture(("b", "c"), (), 0.9, 3.0))  # equal ones would be 8.2, 8.2, 0.36
+    assert large == pytest.approx([(98_000 - 81_000) / 8000] * 2 + [0.9])
+    weights = (1.0, 2.0, 1.0)
+    assert mixing.passes([100, 1000, 9000], Mixture(("b", "c"), weights)) == pytest.approx([25.25, 5.05, 2525 / 9000])
+
+
+def test_an_epoch_within_limits_draws_so_many_documents(folder):
+    mixture = Mixture(stage(folder).mixture.sets, (1.0, 1.0, 90.0), 0.5, 1.25)
+    limited = dataclasses.replace(stage(folder), mixture=mixture)
+    found = mixing.open(folder / "a", "train", limited)
+    uses = np.bincount(found.mix.order(0, 0), minlength=187)
+    assert uses[90:].sum() == round(1.25 * 97) and set(uses[90:]) == {1, 2}
+    # a: 61 documents of about 9 tokens, b: 29 of 15, c: 97 of 7; a and b share what c leaves
+    left = (found.total - 1.25 * found.sets[2].total) / (found.sets[0].total + found.sets[1].total)
+    assert uses[:90].sum() == pytest.approx(90 * left, rel=0.05)
+
+
+def test_without_limits_a_mixture_is_what_it_was():
+    """Of older runs: the fields are in no JSON, and the passes are those of the weights, bit for bit."""
+    plain = Mixture(("b", "c"), (5.0, 3.0, 2.0))
+    assert config.to_json(plain) == {"sets": ["b", "c"], "weights": [5.0, 3.0, 2.0]}
+    totals = [577, 423, 661]
+    assert (mixing.passes(totals, plain) == sum(totals) * (np.array((5.0, 3.0, 2.0)) / 10.0) / np.array(totals)).all()
+
+
+@pytest.mark.parametrize(("values", "message"), [((1.5, 0.0), "least = 1.5"), ((0.0, 0.5), "most = 0.5")])
+def test_limits_that_no_epoch_can_keep_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture((), (), *values)
+
+
 def test_the_log_tells_of_every_set(folder):
-    lines = mixed(folder).describe()
-    assert len(lines) == 3 and "50." in lines[0].split("%")[0] and "29 documents" in lines[1]
+    lines = mixed(folder).describe(4.0)
+    assert len(lines) == 4 and lines[0].split()[:5] == ["set", "documents", "tokens", "asked", "share"]
+    name, documents, count, asked, share, passes, in_all = lines[2].split()
+    found = mixed(folder)
+    assert (name, documents, asked) == (str(folder / "b"), "29", "30.0%") and int(count) == found.sets[1].total
+    assert float(share.rstrip("%")) == pytest.approx(30, abs=1)
+    assert float(passes) == pytest.approx(found.mix.drawn[1] / 29, rel=0.01)
+    assert float(in_all) == pytest.approx(4 * found.mix.drawn[1] / 29, rel=0.01)
+    limited = dataclasses.replace(stage(folder), mixture=Mixture(stage(folder).mixture.sets, (), 0.3, 1.1))
+    lines = mixing.open(folder / "a", "train", limited).describe(1.0)
+    assert [line.endswith("the most") for line in lines] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("field", ["text", "image"])
@@ -171,7 +238,7 @@ def test_a_set_of_another_tokenizer_is_refused(tmp_path, field):
     stages.write(tmp_path / "b", stages.Record(complete=True, inputs={**inputs, "prepare": "q"}))
     run.check_set(tmp_path / "b", tmp_path / "a")
     stages.write(tmp_path / "b", stages.Record(complete=True, inputs={**inputs, field: "other"}))
-    with pytest.raises(UserError, match=f"made with another {field} tokenizer"):
+    with pytest.raises(UserError, match=f"made with another {field} tokenizer .* --redo --tokenizers"):
         run.check_set(tmp_path / "b", tmp_path / "a")
     with pytest.raises(UserError, match="no finished tokens/ folder"):
         run.check_set(tmp_path / "c", tmp_path / "a")
@@ -188,3 +255,33 @@ def test_a_mixture_is_set_by_flags():
         config.from_json(DecoderStage, config.to_json(dataclasses.replace(DecoderStage(), mixture=found))).mixture
         == found
     )
+
+
+@pytest.mark.parametrize("field", ["text", "image"])
+def test_a_start_of_another_tokenizer_is_refused(tmp_path, field):
+    stages.write(tmp_path / "set" / "tokens", stages.Record(complete=True, inputs={"text": "t", "image": "i"}))
+    for name in ("text", "image"):
+        stages.write(tmp_path / "start" / name, stages.Record(complete=True, result=name[0]))
+    run.check_start(tmp_path / "start", tmp_path / "set" / "tokens")
+    stages.write(tmp_path / "start" / field, stages.Record(complete=True, result="other"))
+    with pytest.raises(UserError, match=f"has another {field} tokenizer than .* --tokenizers .*start"):
+        run.check_start(tmp_path / "start", tmp_path / "set" / "tokens")
+    (tmp_path / "start" / field / "stage.json").unlink()
+    with pytest.raises(UserError, match=f"has no {field} tokenizer"):
+        run.check_start(tmp_path / "start", tmp_path / "set" / "tokens")
+
+
+def test_a_set_borrows_the_tokenizers_of_a_run(tmp_path):
+    known = config.Recipe(name="pretrained", vocab=VOCAB)
+    for name in ("start/text", "start/image", "set", "other", "own/text"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "start" / "recipe.json").write_text(json.dumps(config.to_json(known)))
+    for _ in range(2):  # the second time they are there
+        found = run.borrow(config.Recipe(name="set"), tmp_path / "set", tmp_path / "start")
+        assert (found.name, found.vocab) == ("set", VOCAB)
+    assert all((tmp_path / "set" / name).samefile(tmp_path / "start" / name) for name in ("text", "image"))
+    with pytest.raises(UserError, match="own/text: is not that of --tokenizers"):
+        run.borrow(known, tmp_path / "own", tmp_path / "start")
+    (tmp_path / "start" / "image").rmdir()
+    with pytest.raises(UserError, match="has no image/; give a run"):
+        run.borrow(known, tmp_path / "other", tmp_path / "start")

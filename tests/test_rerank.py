@@ -76,6 +76,8 @@ def test_candidates_are_the_rows_of_one_call(generator):
     found = rerank.draw(generator, Encoder(), PROMPTS, 3, 7, GUIDED)
     rows = generator.text_to_image([p for p in PROMPTS for _ in range(3)], 7, GUIDED)
     np.testing.assert_array_equal(found.pictures.reshape(9, 12, 12, 3), rows)
+    last = rerank.draw(generator, Encoder(), PROMPTS[2:], 3, 7, GUIDED, numbers=[2])
+    np.testing.assert_array_equal(last.pictures, found.pictures[2:])
     one = rerank.draw(generator, Encoder(), PROMPTS, 1, 7, GUIDED)
     np.testing.assert_array_equal(one.best(), generator.text_to_image(PROMPTS, 7, GUIDED))
 
@@ -160,7 +162,7 @@ class Painter:
     def fitting(self, retrieved, prompts=None, max_text=96):
         return retrieved
 
-    def text_to_image(self, captions, seed, sampling, retrieved=None):
+    def text_to_image(self, captions, seed, sampling, retrieved=None, numbers=None):
         right = 3 * len(retrieved[0]) if retrieved else 1
         right -= sampling.temperature == 1
         return np.stack(

@@ -12,6 +12,7 @@ from cm3jax.data import packing
 from cm3jax.nn import decoder
 from cm3jax.sample import generate, tasks
 from cm3jax.tasks import show, table, templates
+from cm3jax.tokenizers import document
 from cm3jax.types import UserError
 from cm3jax.vocab import Vocab
 
@@ -59,10 +60,11 @@ def test_every_field_of_an_answer_comes_back_and_depends_on_seed_and_place_alone
     assert tasks.answer(generator, task, []) == []
 
 
-def forced(generator, ids, hidden):
-    """Return the scores of a row that is trained on, float32 [t, v]."""
+def forced(generator, ids, hidden, before=0):
+    """Return the scores of a row that is trained on, float32 [t, v], of which so many ids were retrieved."""
     row = ids.astype(np.uint16), np.ones(len(ids), np.int32), np.zeros(len(ids), bool), np.array(hidden, np.int64)
-    batch = packing.arrays([(*row, np.zeros(len(ids), bool))], VOCAB, RECIPE.decoder.packing)
+    retrieved = (np.arange(len(ids)) > 0) & (np.arange(len(ids)) <= before)
+    batch = packing.arrays([(*row, retrieved)], VOCAB, RECIPE.decoder.packing)
     inputs = (jnp.asarray(batch[name]) for name in ("inputs", "positions", "segments"))
     state, _ = generator.model.apply({"params": generator.params}, *inputs)
     return np.asarray(decoder.scores(decoder.output(generator.params, MODEL), state))[0]
@@ -97,6 +99,32 @@ def test_the_second_field_is_written_behind_the_first(generator):
     assert list(found) == ["explanation", "answer"]
 
 
+def test_words_behind_examples_are_drawn_as_training_has_them_behind_retrieved_documents(generator):
+    seen = [values("caption", i) | {"caption": f"a {i}"} for i in (1, 2)]
+    (found,) = tasks.answer(generator, "caption", [values("caption")], max_text=5, examples=seen)
+    one = table.find("caption")
+    shown = tasks.documents(generator, one, seen)
+    (known,) = tasks.encoded(generator, one, [values("caption")])
+    prompt = templates.prompt("caption", known, generator.text, VOCAB, examples=shown)
+    (ids,) = generator._span_ids([prompt], 0, generate.GREEDY, 5)
+    assert found["caption"] == document.decode_text(ids[:-1], generator.text, VOCAB).strip()
+    scores = forced(generator, np.concatenate([prompt.ids, ids]), prompt.hidden, prompt.retrieved)
+    text = np.arange(VOCAB.text_start + 1, VOCAB.text_start + generator.text.size)
+    assert ids[0] == text[scores[len(prompt.ids) - 1, text].argmax()]
+    parts = document.decode(shown[0], generator.text, VOCAB)
+    assert parts[0] == "a 1" and np.array_equal(parts[1], generator.encode([seen[0]["image"]])[0])
+
+
+def test_examples_that_do_not_fit_are_one_clear_line(generator):
+    seen = [values("edit") | {"edited_image": values("edit")["image"]}] * 9
+    with pytest.raises(
+        UserError, match=r"prompt 0: \d+ tokens, of which \d+ of documents before it, but the model's row"
+    ):
+        tasks.answer(generator, "edit", [values("edit")], examples=seen)
+    with pytest.raises(UserError, match="task edit: no value for the field 'edited_image'"):
+        tasks.answer(generator, "edit", [values("edit")], examples=[values("edit")])
+
+
 def test_a_prompt_without_a_field_or_too_long_is_one_clear_line(generator):
     with pytest.raises(UserError, match="task question: no value for the field 'question'"):
         tasks.answer(generator, "question", [{"image": values("question")["image"]}])
@@ -118,7 +146,11 @@ def test_the_verbs_draw_and_write(run, picture, capsys, tmp_path):
     assert cli.main(["draw-from", str(run), picture, "a circle", "--of-picture", "--out", out]) == 0
     paths = capsys.readouterr().out.split()
     assert len(paths) == len(set(paths)) == 4 and all(Image.open(p).size == (SIDE, SIDE) for p in paths)
+    example = ["--example", picture, "make it red", picture]
+    assert cli.main(["edit", str(run), picture, "make it red", "--out", out, *example]) == 0
+    assert Image.open(capsys.readouterr().out.strip()).size == (SIDE, SIDE)
     short = ["--max-text", "4"]
+    assert cli.main(["ask", str(run), picture, "What?", "--example", picture, "What?", "a", *short]) == 0
     assert cli.main(["ask", str(run), picture, "What?", *short]) == 0
     assert cli.main(["ask", str(run), picture, "What?", "--options", "(A) a (B) b", "--reason", *short]) == 0
     assert cli.main(["describe", str(run), picture, *short]) == cli.main(["describe", str(run), picture, "--long"]) == 0
@@ -132,6 +164,11 @@ def test_the_verbs_draw_and_write(run, picture, capsys, tmp_path):
         (["ask", "RUN", "PICTURE", ""], "question '': is empty; say what to answer"),
         (["ask", "RUN", "PICTURE", "What?", "--reason"], "--reason and --context go with --options"),
         (["draw-from", "RUN", "PICTURE", "a", "--kind", "depth", "--of-picture"], "feature 'depth': is not made here"),
+        (
+            ["ask", "RUN", "PICTURE", "What?", "--options", "A B", "--example", "a.png", "What?", "A"],
+            "--example 'a.png' 'What?' 'A': 3 words; needs 4: IMAGE QUESTION OPTIONS ANSWER",
+        ),
+        (["edit", "RUN", "PICTURE", "a", "--example", "no.png", "a", "no.png"], "picture 'no.png': No such file"),
         (["describe", "RUN", "nowhere.png"], "picture 'nowhere.png': No such file or directory"),
     ],
 )

@@ -61,11 +61,12 @@ def asked(name, found):
     return {field: value for field, value in found.items() if field not in table.find(name).answer}
 
 
-def framed(name, found, n, tokenizer):
-    """Return a task's document with its [eod]s, and where its answers stand in it."""
+def framed(name, found, n, tokenizer, examples=()):
+    """Return a task's document with its [eod]s, behind examples, and where its answers stand in it."""
     parts, regions = templates.make(name, found, n)
     ids, spans = document.marked(parts, regions, tokenizer, VOCAB)
-    return np.array([EOD, *ids, EOD], np.uint16), spans.astype(np.int64) + 1
+    before = document.shown(examples)
+    return np.array([EOD, *before, *ids, EOD], np.uint16), spans.astype(np.int64) + 1 + len(before)
 
 
 def begins(ids, prompt, answer=()):
@@ -126,12 +127,17 @@ def test_tokenizing_between_answers_changes_no_text(tokenizer, task, data, n):
 
 @task
 @settings(max_examples=12)
-@given(st.data(), st.integers(0, 9))
-def test_a_prompt_and_its_answer_begin_what_masking_yields(tokenizer, task, data, n):
-    """Of the document with exactly its answer masked; a picture that stands last stays where it is."""
+@given(st.data(), st.integers(0, 9), st.integers(0, 2))
+def test_a_prompt_and_its_answer_begin_what_masking_yields(tokenizer, task, data, n, shots):
+    """Of the document with exactly its answer masked; a picture that stands last stays where it is.
+
+    Examples before it are documents of the task, as those that were retrieved are.
+    """
     found, one = data.draw(values(task)), table.find(task)
-    ids, spans = framed(task, found, n, tokenizer)
-    prompt = templates.prompt(task, asked(task, found), tokenizer, VOCAB, n)
+    examples = [framed(task, data.draw(values(task)), n, tokenizer)[0][1:-1] for _ in range(shots)]
+    ids, spans = framed(task, found, n, tokenizer, examples)
+    prompt = templates.prompt(task, asked(task, found), tokenizer, VOCAB, n, examples)
+    assert prompt.retrieved == sum(len(example) + 1 for example in examples)
     if one.draws:
         assert begins(ids, prompt.ids, [*document.image_ids(found[one.answer[0]], VOCAB), EOD])
         assert (prompt.produces, prompt.stop, prompt.hidden) == ("image", EOD, ())
@@ -144,8 +150,21 @@ def test_a_prompt_and_its_answer_begin_what_masking_yields(tokenizer, task, data
         if i + 1 < len(spans):
             prompt = templates.following(prompt, np.array([*ids[start:end], EOSS], np.uint16), VOCAB)
     assert templates.answers(task, drawn) == {field: found[field].strip() for field in one.answer}
+    assert prompt.retrieved == sum(len(example) + 1 for example in examples)
     with pytest.raises(UserError, match="all are drawn"):
         templates.following(prompt, np.zeros(0, np.uint16), VOCAB)
+
+
+@task
+@settings(max_examples=4)
+@given(data=st.data())
+def test_examples_stand_in_every_stream_of_guidance(tokenizer, task, data):
+    found = asked(task, data.draw(values(task)))
+    example = framed(task, data.draw(values(task)), 0, tokenizer)[0][1:-1]
+    plain = templates.prompt(task, found, tokenizer, VOCAB)
+    shown = templates.prompt(task, found, tokenizer, VOCAB, examples=[example])
+    for (a, hidden), (b, others) in zip(plain.streams(3), shown.streams(3), strict=True):
+        assert b.tolist() == [EOD, *example, BREAK, *a[1:]] and hidden == others
 
 
 @task

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import absl.flags
 import grain
@@ -263,29 +263,6 @@ def prompt_frequencies(
         views = [causal_mask.mask(ids[:keep], spans, vocab)] if whole else alone(ids[:keep], spans, vocab)
         counts.update({kind for view in views for kind in document.kinds(view, vocab)})
     return {kind: counts[kind] / rows for kind in document.KINDS}
-
-
-def task_frequencies(
-    tokens: Tokens, stage: DecoderStage, vocab: Vocab, task: Callable[[str], str], rows: int = 2000
-) -> dict[str, float]:
-    """Return for each task the share of its documents that teach its prompt, of those in the first `rows` rows.
-
-    A document does if, alone, it is its prompt and its answer: with exactly the answer masked, or with nothing masked
-    where a picture that ends it is the answer. Only where whole documents are packed.
-
-    Args:
-      task: From a document's key to its task's name; "" for a document to pass over.
-    """
-    make, keys, counts = Batches(tokens, stage, vocab), tokens.keys(), collections.defaultdict(list)
-    for g in range(rows):
-        ids, _, spans, _ = make.unmasked(g)
-        (plan, shown), _, r = make.epochs.locate(g)
-        for i, view in zip(plan.row(r)[0].tolist(), alone(ids, spans, vocab), strict=True):
-            if name := task(keys[i]):
-                whole, asked = np.array([EOD, *shown[i], EOD], np.uint16), shown.answers(i) + 1
-                taught = causal_mask.mask(whole, asked[asked[:, 1] < len(whole) - 1], vocab)
-                counts[name].append(np.array_equal(view, taught))
-    return {name: float(np.mean(found)) for name, found in counts.items()}
 
 
 def alone(ids: np.ndarray, spans: np.ndarray, vocab: Vocab) -> Iterator[np.ndarray]:

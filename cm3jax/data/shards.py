@@ -10,6 +10,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -54,6 +55,11 @@ def decode(data: bytes) -> Record:
 def texts(data: bytes) -> list[str]:
     """Return the text parts of an encoded record, without the work of decoding its pictures."""
     return [part for part in msgpack.unpackb(data, strict_map_key=False)[1] if isinstance(part, str)]
+
+
+def fields(data: bytes) -> dict[str, Any]:
+    """Return the fields of an encoded record, without the work of decoding its pictures."""
+    return msgpack.unpackb(data, strict_map_key=False)[2]
 
 
 def _part_out(part):

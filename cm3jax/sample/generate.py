@@ -103,8 +103,12 @@ class Generator:
         seed: int = 0,
         sampling: configs.Sampling = configs.Sampling(),
         retrieved: Retrieved | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Return a picture for each prompt, uint8 [n, h, w, 3].
+
+        Args:
+          numbers: i of the stream (seed, i) that each row draws from; None: its place in the call.
 
         Raises:
           UserError: if a prompt is too long.
@@ -114,7 +118,7 @@ class Generator:
             document.text_to_image(prompt, self.text, self.vocab, ids)
             for prompt, ids in zip(prompts, before, strict=True)
         ]
-        drawn = self._codes(found, [self.codes] * len(found), seed, sampling)
+        drawn = self._codes(found, [self.codes] * len(found), seed, sampling, numbers)
         return self.image.decode(np.array(drawn, np.uint16).reshape(-1, self.codes))
 
     def infill_image(
@@ -333,7 +337,7 @@ class Generator:
         for row in np.flatnonzero(sizes > limit):
             over, shown = sizes[row] - limit, prompts[row].retrieved
             of_them, or_fewer = (
-                (", of which {} of retrieved documents", " or show fewer documents") if shown else ("", "")
+                (", of which {} of documents before it", " or show fewer of these") if shown else ("", "")
             )
             raise UserError(
                 f"prompt {row}: {sizes[row]} tokens{of_them.format(shown)}, but the model's row of {self.model.length}"

@@ -39,6 +39,7 @@ def draw(
     seed: int = 0,
     sampling: configs.Sampling = configs.Sampling(),
     retrieved: generate.Retrieved | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Candidates:
     """Draw candidates for each caption, and score them.
 
@@ -47,6 +48,7 @@ def draw(
     Args:
       encoder: A `retrieval.encoder.Encoder`, or what has its `texts` and `pictures`.
       retrieved: Documents before each caption, the same for all of its candidates.
+      numbers: i of each caption, where these are some of many; None: 0, 1, ...
 
     Raises:
       UserError: if a caption is too long, or the number below 1.
@@ -55,7 +57,8 @@ def draw(
         raise UserError(f"candidates = {candidates}: must be at least 1")
     repeat = lambda rows: [row for row in rows for _ in range(candidates)]  # noqa: E731
     before = None if retrieved is None else repeat(retrieved)
-    drawn = generator.text_to_image(repeat(prompts), seed, sampling, before)
+    rows = None if numbers is None else [i * candidates + j for i in numbers for j in range(candidates)]
+    drawn = generator.text_to_image(repeat(prompts), seed, sampling, before, rows)
     pictures = drawn.reshape(len(prompts), candidates, *drawn.shape[1:])
     return Candidates(pictures, score(encoder, prompts, pictures))
 

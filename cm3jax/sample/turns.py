@@ -26,11 +26,11 @@ class Generator(generate.Generator):
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
-    def text_to_image(self, prompts, seed=0, sampling=configs.Sampling(), retrieved=None) -> np.ndarray:
+    def text_to_image(self, prompts, seed=0, sampling=configs.Sampling(), retrieved=None, numbers=None) -> np.ndarray:
         """Return a picture for each prompt, uint8 [n, h, w, 3]; see `generate.Generator`."""
         refuse_documents(retrieved)
         found = [turns.text_to_image(prompt, self.text, self.vocab, self.form) for prompt in prompts]
-        drawn = self._codes(found, [self.codes] * len(found), seed, sampling)
+        drawn = self._codes(found, [self.codes] * len(found), seed, sampling, numbers)
         return self.image.decode(np.array(drawn, np.uint16).reshape(-1, self.codes))
 
     def infill_image(self, pictures, captions, boxes, seed=0, sampling=configs.Sampling(), retrieved=None):

@@ -17,7 +17,7 @@ import numpy as np
 from cm3jax.tasks import table
 from cm3jax.tasks.table import FIELD
 from cm3jax.tokenizers import document
-from cm3jax.tokenizers.document import Prompt
+from cm3jax.tokenizers.document import Documents, Prompt
 from cm3jax.tokenizers.text import Tokenizer
 from cm3jax.types import ANSWER, Region, UserError
 from cm3jax.vocab import BREAK, EOD, EOSS, Vocab
@@ -124,7 +124,9 @@ def _check(task: table.Task, values: Values, names: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
-def prompt(task: str, values: Values, tokenizer: Tokenizer, vocab: Vocab, n: int = 0) -> Prompt:
+def prompt(
+    task: str, values: Values, tokenizer: Tokenizer, vocab: Vocab, n: int = 0, examples: Documents = ()
+) -> Prompt:
     """Return what asks for a task's answer: a prefix of what masking its document yields.
 
     A picture is drawn behind all that stands before it; unconditional, without what the user gave; between the two,
@@ -134,47 +136,55 @@ def prompt(task: str, values: Values, tokenizer: Tokenizer, vocab: Vocab, n: int
 
     Args:
       values: Of all fields but the answer's; pictures as image codes [n].
+      examples: Documents of the task with their answers, before the query in all streams, as retrieved ones are.
 
     Raises:
       UserError: if there is no such task, or a field is missing or of the wrong type.
     """
-    declared = table.find(task)
+    declared, before = table.find(task), document.shown(examples)
     given = [name for name in declared.fields if name not in declared.answer]
     _check(declared, values, given)
     if declared.draws:
-        ids, hidden = stream(task, values, tokenizer, vocab, given, n)
-        without, gone = stream(task, values, tokenizer, vocab, (), n)
-        told = Prompt(task, ids, without, "image", EOD, hidden=hidden, unconditional_hidden=gone)
+        ids, hidden = stream(task, values, tokenizer, vocab, given, n, before)
+        without, gone = stream(task, values, tokenizer, vocab, (), n, before)
+        told = Prompt(task, ids, without, "image", EOD, hidden=hidden, unconditional_hidden=gone, retrieved=len(before))
         if not any(table.is_picture(name) for name in given):
             return told
-        pictured, kept = stream(task, values, tokenizer, vocab, [x for x in given if table.is_picture(x)], n)
+        pictured, kept = stream(task, values, tokenizer, vocab, [x for x in given if table.is_picture(x)], n, before)
         return dataclasses.replace(told, pictured=pictured, pictured_hidden=kept)
     first = vocab.sentinel(0)
-    ids, without, gone, masked = [EOD], [EOD], (), False
+    ids, without, gone, masked = [EOD, before], [EOD, before], (), False
     for template in _wording(declared, n):
         found, asked = _gaps(template, values, declared.answer, tokenizer, vocab)
         ids, masked = [*ids, found, BREAK], masked or asked
         without += [vocab.sentinel(len(gone)) if masked else found, BREAK]
         gone += (_codes(template, values),) * masked
     ids, without = [*ids[:-1], EOD, first], [*without[:-1], EOD, first]
-    texts = (0,) * len(declared.answer)
-    return Prompt(
-        task, document.join(*ids), document.join(*without), "text", EOSS, hidden=texts, unconditional_hidden=gone
-    )
+    hidden = {"hidden": (0,) * len(declared.answer), "unconditional_hidden": gone}
+    return Prompt(task, document.join(*ids), document.join(*without), "text", EOSS, **hidden, retrieved=len(before))
 
 
 def stream(
-    task: str, values: Values, tokenizer: Tokenizer, vocab: Vocab, keep: Sequence[str], n: int = 0
+    task: str,
+    values: Values,
+    tokenizer: Tokenizer,
+    vocab: Vocab,
+    keep: Sequence[str],
+    n: int = 0,
+    before: np.ndarray | tuple = (),
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """Return one stream of guidance towards a picture: parts that hold a field not in `keep` are masked.
 
     All fields kept: the prompt. None: its unconditional stream. The pictures: the stream between.
 
+    Args:
+      before: Ids behind the first [eod], which no stream masks.
+
     Returns:
       ids: uint16 [t], up to the <break> before the picture.
       hidden: The codes behind each sentinel; 0 for text.
     """
-    ids, hidden = [EOD], ()
+    ids, hidden = [EOD, before], ()
     for template in _wording(table.find(task), n)[:-1]:
         if set(FIELD.findall(template)) <= set(keep):
             name = _picture(template)
@@ -196,7 +206,7 @@ def following(prompt: Prompt, drawn: np.ndarray, vocab: Vocab) -> Prompt:
     if asked >= len(prompt.hidden):
         raise UserError(f"task {prompt.kind}: its answer has {len(prompt.hidden)} fields, and all are drawn")
     ids = document.join(prompt.ids, drawn, vocab.sentinel(asked))
-    return Prompt(prompt.kind, ids, ids, "text", EOSS, hidden=prompt.hidden, unconditional_hidden=prompt.hidden)
+    return dataclasses.replace(prompt, ids=ids, unconditional=ids, unconditional_hidden=prompt.hidden)
 
 
 def answers(task: str, drawn: Sequence[Any]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class Prompt:
       pictured: uint16 [k], the stream between these two: the pictures of `ids` without the text; None: `ids` has no
         pictures of its own, and this stream would be `unconditional`.
       pictured_hidden: The same of `pictured`.
-      retrieved: How many ids behind the first [eod] are those of retrieved documents, in both streams.
+      retrieved: How many ids behind the first [eod] are those of retrieved documents or examples, in all streams.
     """
 
     kind: str
@@ -180,7 +180,7 @@ def join(*pieces) -> np.ndarray:
 
 
 Documents = Sequence[np.ndarray]
-"""Retrieved documents: uint16 ids [n] each, without [eod]s."""
+"""Retrieved documents, or examples: uint16 ids [n] each, without [eod]s."""
 
 
 def shown(retrieved: Documents) -> np.ndarray:

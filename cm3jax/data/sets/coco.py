@@ -20,15 +20,19 @@ from cm3jax.types import UserError
 YEARS = ("2017", "2014")
 
 
-def names(kind: str, split: str) -> tuple[str, ...]:
+def names(kind: str, split: str, years: tuple[str, ...] = YEARS) -> tuple[str, ...]:
     """Return where an annotation file may lie."""
-    stems = [f"{kind}_{split}{year}.json" for year in YEARS]
+    stems = [f"{kind}_{split}{year}.json" for year in years]
     return (*(f"annotations/{stem}" for stem in stems), *stems)
 
 
-def captions(folder: pathlib.Path, split: str) -> Iterator[Item]:
-    """Yield one item a picture: its first caption; all of them in truth["captions"]."""
-    path, data, images = _open(folder, "captions", split)
+def captions(folder: pathlib.Path, split: str, years: tuple[str, ...] = YEARS) -> Iterator[Item]:
+    """Yield one item a picture: its first caption; all of them in truth["captions"].
+
+    Args:
+      years: Of the set, the one to take first; others are not looked at.
+    """
+    path, data, images = _open(folder, "captions", split, years)
     told = _captions(path, data, images)
     for key, image in images.items():
         if key not in told:
@@ -89,8 +93,10 @@ def panoptic(folder: pathlib.Path, split: str) -> Iterator[Item]:
 # -------------------------------------------------------------------------------------------------------- shared parts
 
 
-def _open(folder: pathlib.Path, kind: str, split: str) -> tuple[pathlib.Path, dict, dict[Any, dict]]:
-    path = item.find(folder, *names(kind, split))
+def _open(
+    folder: pathlib.Path, kind: str, split: str, years: tuple[str, ...] = YEARS
+) -> tuple[pathlib.Path, dict, dict[Any, dict]]:
+    path = item.find(folder, *names(kind, split, years))
     data = item.load(path)
     return path, data, item.index(item.rows(data, "images", path), "id", path)
 
