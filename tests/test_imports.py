@@ -33,6 +33,7 @@ FLOORS = [
         "hooks",
         "png",
         "pages",
+        "provenance",
         "flags",
         "foreign",
     },

@@ -99,10 +99,8 @@ def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) ->
     scores, examples = score(recipe, artist, measure, splits, say)
     if splits["test"].level == TASKS:
         scores["tasks"], examples["tasks"] = answers(recipe, artist, run, scores, say)
-    scores["protocol"]["checkpoint"] = {
-        "step": step or checkpoint.steps(run / "decoder")[-1],
-        "validation_loss": losses,
-    }
+    step, weights = generate.identity(run, step)
+    scores["protocol"]["checkpoint"] = {"step": step, "weights": weights, "validation_loss": losses}
     save(run / "evaluate", scores, examples)
     return scores
 
