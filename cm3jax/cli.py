@@ -688,6 +688,28 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Card:
+    """Write a run's model card: data, licences, compute, scores and their spread, from its files alone.
+
+    cm3jax card RUN --also RUN2 RUN3 --by lang source
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder."""
+    also: tuple[str, ...] = ()
+    """Runs of the same recipe with other seeds: scores are then given with their spread over all."""
+    by: tuple[str, ...] = ()
+    """Attributes by which scores are given: source, license, group, or a field of the data's records, such as lang."""
+    out: str = ""
+    """Markdown file; "": RUN/card.md."""
+
+    def __call__(self):
+        from cm3jax import card
+
+        print(card.write(folder(self.run), [folder(one) for one in self.also], self.by, self.out))
+
+
+@dataclasses.dataclass(frozen=True)
 class Score:
     """Score pictures against a reference, pair by pair or against captions, and write the protocol with the figures.
 
@@ -905,6 +927,7 @@ VERBS = {
     "retrieve build": RetrieveBuild,
     "retrieve query": RetrieveQuery,
     "evaluate": Evaluate,
+    "card": Card,
     "tasks": Tasks,
     "score": Score,
     "tabulate": Tabulate,

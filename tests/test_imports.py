@@ -31,6 +31,7 @@ FLOORS = [
         "bench_chameleon",
         "doctor",
         "hooks",
+        "card",
         "png",
         "pages",
         "provenance",

@@ -16,6 +16,7 @@ from cm3jax.data import scenes, scenes_tasks, scenes_tasks_read
 from cm3jax.data import scenes_world as world
 from cm3jax.data.scenes_tasks import Truth
 from cm3jax.data.scenes_world import Scene
+from cm3jax.evaluate import samples
 from cm3jax.evaluate import scenes as judges
 from cm3jax.evaluate.scenes import Score
 from cm3jax.tasks import table, templates
@@ -91,8 +92,11 @@ Answerer = Callable[[str, Sequence[dict[str, Any]], int], list[dict[str, Any]]]
 """(task, the fields of each row but the answer's, which wording) -> {field: answer} of each row."""
 
 
-def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dict, list[dict[str, Any]]]:
-    """Return (`summary`, an example of each task) of the answers to the first `most` records of each task.
+def measure(
+    records: Iterable[Record], answer: Answerer, most: int
+) -> tuple[dict, list[dict[str, Any]], list[tuple[samples.Named, str, Score]]]:
+    """Return (`summary`, an example of each task, each record with its task and score) of the answers to the first
+    `most` records of each task.
 
     An example holds what was given and asked for in reading order, what came, and whether that is right.
     """
@@ -103,7 +107,7 @@ def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dic
         if task in table.TASKS and "truth" in record.fields and counts[task] < most:
             groups.setdefault((task, record.fields["wording"]), []).append(record)
             counts[task] += 1
-    truths, scores, examples = [], [], {}
+    truths, scores, examples, each = [], [], {}, []
     for (task, wording), found in groups.items():
         wanted = table.TASKS[task].answer
         values = [templates.read(task, record.parts) for record in found]
@@ -113,7 +117,8 @@ def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dic
         judged = [score(truth, row) for truth, row in zip(known, drawn, strict=True)]
         examples.setdefault(task, example(found[0], values[0], drawn[0], judged[0]))
         truths, scores = truths + known, scores + judged
-    return summary(truths, scores), [examples[task] for task in scenes_tasks.ORDER if task in examples]
+        each += [(samples.named(one, one.split), task, seen) for one, seen in zip(found, judged, strict=True)]
+    return summary(truths, scores), [examples[task] for task in scenes_tasks.ORDER if task in examples], each
 
 
 def example(record: Record, values: dict[str, Any], drawn: dict[str, Any], judged: Score) -> dict[str, Any]:
