@@ -167,9 +167,9 @@ def model(recipe: configs.Recipe, run: pathlib.Path, found: dict[str, Any]) -> l
         step = told.get("step", steps[-1])
         weights = generate.identity(run, step)[1] if step in steps else told.get("weights")
         chosen = "chosen on the validation split" if told.get("validation_loss") else "the latest"
-        shape = f"{net.layers} layers of width {net.width}, {net.heads} heads"
+        shape = f"layers {net.layers}, width {net.width}, heads {net.heads}"
         rows += [
-            ("decoder", f"{trees.size(shapes):,} parameters: {shape}"),
+            ("decoder", f"{trees.size(shapes):,} parameters; {shape}"),
             ("row", f"{recipe.decoder.packing.length:,} tokens"),
             ("checkpoint", f"step {step}, {chosen}"),
             ("weights, as pictures name them in their fields", weights),
@@ -185,6 +185,7 @@ def model(recipe: configs.Recipe, run: pathlib.Path, found: dict[str, Any]) -> l
         if (run / name / "weights.safetensors").is_file():
             title = {"image": "image tokenizer"}.get(name, name)
             rows.append((title, f"{parameters(run / name / 'weights.safetensors'):,} parameters{more}"))
+    rows += [("memory of documents", f"splits {', '.join(recipe.bank.splits)}")] if recipe.retrieve else []
     if "decoder" in trained(recipe, run):
         start = recipe.decoder.start
         rows.append(("first weights", f"those of the run {start}" if start else "random"))
@@ -303,17 +304,17 @@ def compute(recipe: configs.Recipe, run: pathlib.Path) -> list[str]:
     for name in known:
         record, count = known[name], model_flops(recipe, name, done)
         held = {kind: seconds / 3600 for kind, seconds in record.device_seconds.items()}
-        chips = ", ".join(f"{hours:.4g} {kind}" for kind, hours in held.items())
+        chips = ", ".join(f"{hours:.3g} {kind}" for kind, hours in held.items())
         none = "" if record.imported or name in runs.ON_DEVICES else "none"
         cost = f"{count:.3g}" if count else "none" if none else ""
-        rows.append((name, "" if record.imported else f"{record.seconds / 3600:.4g}", chips or none, cost))
-        sums.update(held | {"hours": record.seconds / 3600, "flops": count})
-    chips = ", ".join(f"{hours:.4g} {kind}" for kind, hours in sums.items() if kind not in ("hours", "flops"))
+        rows.append((name, "" if record.imported else report.duration(record.seconds), chips or none, cost))
+        sums.update(held | {"seconds": record.seconds, "flops": count})
+    chips = ", ".join(f"{hours:.3g} {kind}" for kind, hours in sums.items() if kind not in ("seconds", "flops"))
     all_flops = f"{sums['flops']:.3g}" if sums["flops"] else ""
-    rows.append(("sum of what is recorded", f"{sums['hours']:.4g}", chips, all_flops))
-    head = ("stage", "hours", "chip-hours, by jax's name of the chip", "model FLOPs")
+    rows.append(("sum of what is recorded", report.duration(sums["seconds"]), chips, all_flops))
+    head = ("stage", "time", "chip-hours, by jax's name of the chip", "model FLOPs")
     notes = (
-        "Chip-hours are the hours times all devices that the run held. Model FLOPs are those of the mathematics of the"
+        "Chip-hours are the time times all devices that the run held. Model FLOPs are those of the mathematics of the"
         " training steps, without what is computed again; they have no closed form here for the image tokenizer, and"
         " are not counted where nothing is trained."
     )
@@ -344,18 +345,25 @@ def figures(found: dict[str, Any]) -> dict[str, float | None]:
     return {name: x for name, x in flat.items() if not ASIDE & set(name.split(".")) and (x is None or is_number(x))}
 
 
+LEGEND = (
+    "accuracy: parts (objects, letters, answers) that are right, over those asked for or shown, whichever are more;"
+    " scene accuracy, whole: records of which all is right; psnr in dB; perplexity per token."
+)
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def scoring(run, also, recipe: configs.Recipe, others: list[configs.Recipe]) -> list[str]:
     """Return the scores with their spread: over records, or over runs where there are several."""
-    if not (found := scores_of(run)):
+    if not (found := scores_of(run)) and not also:
         return [f"Scores: {UNKNOWN} (the run was not evaluated)."]
     own, lines = figures(found), [*protocol(found)]
     rows = samples.read(run / "evaluate")
     if not rows:
         lines += ["", f"Scores of single records: {UNKNOWN} (evaluated by an older version), so intervals are too."]
+    lines += ["", LEGEND]
     one = [(name, shown(value), interval(rows, name), *size(rows, name)) for name, value in own.items()]
     lines += ["", *table(("score", "value", "95 % interval over records", "records"), one)]
     if also:
@@ -365,7 +373,7 @@ def scoring(run, also, recipe: configs.Recipe, others: list[configs.Recipe]) -> 
 
 def protocol(found: dict[str, Any]) -> list[str]:
     """Return under which circumstances the scores were taken."""
-    told = found.get("protocol", {})
+    told, drawn = found.get("protocol", {}), found.get("text_to_image", {}).get("sampling")
     count = ", ".join(f"{n:,} of {split}" for split, n in told.get("samples", {}).items()) or UNKNOWN
     versions = ", ".join(f"{name} {version}" for name, version in told.get("versions", {}).items()) or UNKNOWN
     rows = [
@@ -374,7 +382,7 @@ def protocol(found: dict[str, Any]) -> list[str]:
         ("seed", told.get("seed")),
         ("device", told.get("device")),
         ("versions", versions),
-        ("how pictures are drawn", report.sampling_name(found.get("text_to_image", {}).get("sampling", {}))),
+        ("how pictures are drawn", report.sampling_name(drawn) if drawn else UNKNOWN),
     ]
     return table(("", ""), rows)
 
@@ -408,7 +416,7 @@ def between(one: samples.Estimate | None) -> str:
     """Return "0.85 – 0.96"."""
     if one is None:
         return UNKNOWN
-    return "none: all are equal" if one.low is None else f"{shown(one.low)} – {shown(one.high)}"
+    return "no spread" if one.low is None else f"{shown(one.low)} – {shown(one.high)}"
 
 
 def size(rows: list[dict], name: str) -> list[int | None]:
@@ -462,6 +470,8 @@ def grouped(rows: list[dict], name: str) -> list[str]:
     """
     rows = [one for one in rows if one["split"] == "test"]
     known = sorted({attribute for one in rows for attribute in one["attributes"]})
+    if not rows:
+        raise UserError(f"--by {name}: no scores of single records; make them with: cm3jax evaluate RUN")
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"they have: {', '.join(known) or 'none'}"
@@ -489,8 +499,8 @@ def by_group(groups: dict[str, list[dict]], task: str) -> list[str]:
     lines = table(("group", "records", *(f"{name} (95 % interval)" for name in names)), rows)
     lines += ["", f"{len(order) - MOST:,} smaller groups are not shown."] if len(order) > MOST else []
     enough = [found[group] for group in order if counts[group] >= FEW]
-    for name in names:
-        values = [one[name].value for one in enough if name in one]
-        apart = f"{max(values) - min(values):.3g}" if len(values) > 1 else UNKNOWN
-        lines += ["", f"Largest difference of {name} between groups of {FEW} records or more: {apart}."]
-    return lines
+    if len(enough) < 2:
+        return [*lines, "", f"Fewer than two groups have {FEW} records: how far they are apart is not given."]
+    values = {name: [one[name].value for one in enough if name in one] for name in names}
+    apart = ", ".join(f"{name} {max(own) - min(own):.3g}" for name, own in values.items() if own)
+    return [*lines, "", f"Largest differences between groups of {FEW} records or more: {apart}."]

@@ -140,9 +140,9 @@ def test_tokens_are_counted_by_kind(text):
 def test_compute_is_that_of_the_steps_and_of_the_chips_that_were_held(text):
     count = 40 * flops.step(MODEL, VOCAB.size, 8, 32)
     section = text.split("## Compute")[1].split("##")[0]
-    assert cells(section, "decoder") == ["0.5", "8 TPU v5 lite", f"{count:.3g}"]
-    assert cells(section, "text") == ["0.5", "none", "none"]
-    assert cells(section, "sum of what is recorded") == ["1", "8 TPU v5 lite", f"{count:.3g}"]
+    assert cells(section, "decoder") == ["30 min 0 s", "8 TPU v5 lite", f"{count:.3g}"]
+    assert cells(section, "text") == ["30 min 0 s", "none", "none"]
+    assert cells(section, "sum of what is recorded") == ["1 h 0 min", "8 TPU v5 lite", f"{count:.3g}"]
     section = text.split("## Training")[1].split("##")[0]
     assert cells(section, "decoder") == ["40 of 40", "8", "adamw", "0.0003", "3"]
     assert (
@@ -162,11 +162,15 @@ def test_scores_have_an_interval_where_single_records_are_known_and_say_so_where
 
 def test_scores_by_group_are_those_of_its_records_and_small_groups_are_marked(run):
     found = card.card(run, by=["lang"]).split("## Scores by lang")[1].split("##  Not")[0]
-    assert cells(found, "en") == ["40", "1.000 (none: all are equal)", "1.000 (none: all are equal)"]
+    assert cells(found, "en") == ["40", "1.000 (no spread)", "1.000 (no spread)"]
     french = sum(i % 2 for i in range(40, 75)) / 70
     assert cells(found, "fr")[1].startswith(f"{french:.3f} (") and cells(found, "fr")[0] == "35"
     assert cells(found, "&#60;de>")[0] == "4 (few)" and cells(found, "not recorded")[0] == "1 (few)"
-    assert f"Largest difference of accuracy between groups of 30 records or more: {1 - french:.3g}." in found
+    apart = f"accuracy {1 - french:.3g}, whole {1 - 0:.3g}"
+    assert f"Largest differences between groups of 30 records or more: {apart}." in found
+    assert "Fewer than two groups have 30 records" in "\n".join(
+        card.by_group({"a": samples.read(run / "evaluate")}, "x")
+    )
     with pytest.raises(UserError, match="--by langs: no record .* did you mean lang?"):
         card.card(run, by=["langs"])
 
@@ -231,6 +235,11 @@ def test_an_evaluation_of_an_older_version_has_scores_without_intervals(prepared
     text = card.card(run)
     assert "Scores of single records: not recorded" in text
     assert cells(text, "text_to_image.object_accuracy") == ["1.000", "not recorded", "not recorded"]
+    with pytest.raises(UserError, match="--by lang: no scores of single records; make them with: cm3jax evaluate"):
+        card.card(run, by=["lang"])
+    (run / "evaluate" / "scores.json").unlink()
+    with pytest.raises(UserError, match="scores.json: no such file; make it with: cm3jax evaluate"):
+        card.card(run, [run])
 
 
 @pytest.mark.parametrize(

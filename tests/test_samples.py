@@ -53,7 +53,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law_where_there_are_many_r
     )
 
 
-@pytest.mark.parametrize("pairs", [[(1, 2)], [(1, 1)] * 5, [(0, 3), (0, 3)]])
+@pytest.mark.parametrize("pairs", [[(1, 2)], [(1, 1)] * 5, [(0, 3), (0, 4)], [(2, 2), (3, 3)]])
 def test_records_that_do_not_differ_have_no_interval(pairs):
     found = samples.estimates(lines(pairs), "draw")["accuracy"]
     assert found == samples.Estimate(pairs[0][0] / pairs[0][1], None, None, len(pairs))

@@ -105,8 +105,8 @@ class Estimate:
     """A figure of some records.
 
     Attributes:
-      low, high: The interval that 95 % of bootstrap resamples of the records fall into; None where all have the same
-        value, or there is one record only: nothing is known of the spread then.
+      low, high: The interval that 95 % of bootstrap resamples of the records fall into; None where none differs from
+        another, as with one record, or with none that is right: nothing is known of the spread then.
     """
 
     value: float
@@ -129,11 +129,10 @@ def estimates(lines: Sequence[Mapping[str, Any]], task: str) -> dict[str, Estima
 def estimate(pairs: np.ndarray, seed: int = 0) -> Estimate:
     """Return the ratio of sums of pairs [n, 2], with its spread over records (percentile bootstrap)."""
     n, (above, below) = len(pairs), pairs.sum(0)
-    if n < 2 or (pairs == pairs[0]).all():
-        return Estimate(float(above / below), None, None, n)
     rng, resampled = np.random.default_rng(seed), []
     for _ in range(DRAWS):
         sums = pairs[rng.integers(0, n, n)].sum(0)
         resampled.append(sums[0] / sums[1] if sums[1] else math.nan)
     low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(above / below), float(low), float(high), n)
+    spread = (None, None) if math.isclose(low, high) else (float(low), float(high))
+    return Estimate(float(above / below), *spread, n)
