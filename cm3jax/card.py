@@ -41,7 +41,7 @@ UNSAID = (
     "energy used and carbon emitted",
     "what people think of the results",
 )
-"""What a model card should say, and no file of a run does."""
+"""What a model card should say, and no file of a run has a place for."""
 
 
 def write(run, also: Sequence[Any] = (), by: Sequence[str] = (), out: str = "") -> pathlib.Path:
@@ -80,7 +80,7 @@ def card(run: pathlib.Path, also: Sequence[pathlib.Path] = (), by: Sequence[str]
         ["## Compute", "", *compute(recipe, run)],
         ["## Scores", "", *scoring(run, also, recipe, others)],
         *(["## Scores by " + plain(name), "", *grouped(samples.read(run / "evaluate"), name)] for name in by),
-        ["## Not recorded", "", "No file of the run says anything of:", "", *(f"- {line}" for line in UNSAID)],
+        ["## Not recorded", "", "This program keeps no record of:", "", *(f"- {line}" for line in UNSAID)],
         ["## All settings", "", "```json", json.dumps(configs.to_json(recipe), indent=1), "```"],
     ]
     return front(recipe, found) + "\n\n".join("\n".join(lines) for lines in sections) + "\n"
@@ -347,7 +347,8 @@ def figures(found: dict[str, Any]) -> dict[str, float | None]:
 
 LEGEND = (
     "accuracy: parts (objects, letters, answers) that are right, over those asked for or shown, whichever are more;"
-    " scene accuracy, whole: records of which all is right; psnr in dB; perplexity per token."
+    " scene accuracy, whole: records of which all is right; psnr in dB; perplexity per token. No spread: the"
+    " records do not differ, which tells nothing of others."
 )
 
 

@@ -692,6 +692,8 @@ class Card:
     """Write a run's model card: data, licences, compute, scores and their spread, from its files alone.
 
     cm3jax card RUN --also RUN2 RUN3 --by lang source
+
+    It ends with all settings as they are, paths among them: read it before you publish it.
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
