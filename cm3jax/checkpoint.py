@@ -10,6 +10,7 @@ Nothing is read from a checkpoint whose files are not its manifest's: orbax itse
 """
 
 import concurrent.futures
+import hashlib
 import json
 import logging
 import os
@@ -136,6 +137,11 @@ def steps(folder) -> list[int]:
     path = pathlib.Path(folder) / "checkpoints"
     found = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
     return sorted(int(p.name) for p in found if (p / MANIFEST).is_file())
+
+
+def identity(folder, step: int) -> str:
+    """Return the SHA-256 of a committed checkpoint's manifest, which has the checksums of all its files."""
+    return hashlib.sha256((pathlib.Path(folder) / "checkpoints" / str(step) / MANIFEST).read_bytes()).hexdigest()
 
 
 def candidates(saver: Saver) -> list[int]:

@@ -226,7 +226,7 @@ class Generate:
         for prompt in self.prompts:
             stated(prompt)
         count, candidates = documents(self.documents, run, "generate"), positive("candidates", self.candidates)
-        from cm3jax import png
+        from cm3jax import png, provenance
         from cm3jax.sample import generate, recall
 
         generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
@@ -234,15 +234,16 @@ class Generate:
         pictures, found = recall.draw(
             generator, prompts, seeded(self.seed), self.sampling, memory, count, encoder, candidates
         )
-        keys = tuple(tuple(one.key for one in row) for row in found)
+        model, settings = artist(run), configs.to_json(self.sampling) | {"candidates": candidates}
         for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-            how = Remembering(self.sampling, keys[i], candidates) if count or candidates > 1 else self.sampling
-            print(png.write(self.out or run / "generated", picture, prompt, self.seed, i, how))
+            shown = tuple(f"{one.split}/{one.key}" for one in found[i])
+            made = provenance.Made(model, prompt, self.seed, i, settings, shown)
+            print(png.write(self.out or run / "generated", picture, made))
             tell(found[i], count)
 
     def write_pages(self, run: pathlib.Path) -> None:
         """Write --count documents that begin with the prompts; the seed of each is one above that of the one before."""
-        from cm3jax import pages, png
+        from cm3jax import pages, png, provenance
 
         count, max_text = positive("count", self.count), positive("max_text", self.max_text)
         if self.documents > 0 or self.candidates != 1:
@@ -251,13 +252,18 @@ class Generate:
             raise UserError(f"--parts = {self.parts}: must be at least 0")
         seeds = [seeded(self.seed + i) for i in range(count)]
         parts = [png.read(prompt) if looks_like_a_file(prompt) else stated(prompt) for prompt in self.prompts]
+        files = [prompt for prompt, part in zip(self.prompts, parts, strict=True) if not isinstance(part, str)]
+        words = [pathlib.Path(prompt).name if prompt in files else prompt for prompt in self.prompts]
+        given = {"pictures": [provenance.hashed(path) for path in files], "parts": self.parts, "max_text": max_text}
+        settings = configs.to_json(self.sampling) | given
         from cm3jax.sample import generate
 
         generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        model = artist(run)
         for seed in seeds:
             found = generator.continue_document(parts, self.parts, seed, self.sampling, max_text, closed=True)
-            name = " ".join(self.prompts) or "document"
-            print(pages.write(self.out or run / "generated", found, name, seed, 0, self.sampling))
+            made = provenance.Made(model, " ".join(words) or "document", seed, 0, settings)
+            print(pages.write(self.out or run / "generated", found, made, len(files)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +334,7 @@ class Infill:
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
-        from cm3jax import png
+        from cm3jax import png, provenance
 
         run = folder(self.run)
         if bool(self.box) == (MASK in self.text):
@@ -347,8 +353,12 @@ class Infill:
             print(*generator.infill_text(pictures, texts, seeded(self.seed), sampling, max_text), sep="\n")
             return
         drawn = generator.infill_image(pictures, texts, [self.box] * rows, seeded(self.seed), self.sampling)
+        given = {"box": list(self.box), "picture": provenance.hashed(self.picture)}
+        model, settings = artist(run), configs.to_json(self.sampling) | given
         for i, picture in enumerate(drawn):
-            print(png.write(self.out or run / "infilled", picture, self.text, self.seed, i, self))
+            source = "compositeWithTrainedAlgorithmicMedia"
+            made = provenance.Made(model, self.text, self.seed, i, settings, source=source)
+            print(png.write(self.out or run / "infilled", picture, made))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,7 +395,7 @@ class Edit:
 
         values = {"instruction": stated(self.instruction, "instruction"), "image": png.read(self.picture)}
         examples = read_examples(self.example, ("image", "instruction", "edited_image"))
-        draw_task(self, "edit", values, examples, self.instruction, "edited")
+        draw_task(self, "edit", values, examples, self.instruction, "edited", {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,7 +436,7 @@ class DrawFrom:
             picture = features.make(self.kind, picture)
         values = {"caption": stated(self.caption), "feature_image": picture}
         examples = read_examples(self.example, ("feature_image", "caption", "image"))
-        draw_task(self, self.kind, values, examples, self.caption, "drawn")
+        draw_task(self, self.kind, values, examples, self.caption, "drawn", {"of_picture": self.of_picture})
 
 
 def read_examples(given: tuple[tuple[str, ...], ...], names: tuple[str, ...]) -> list[dict]:
@@ -443,9 +453,11 @@ def read_examples(given: tuple[tuple[str, ...], ...], names: tuple[str, ...]) ->
     ]
 
 
-def draw_task(verb: Edit | DrawFrom, task: str, values: dict, examples: list, title: str, into: str) -> None:
-    """Draw --count pictures of one task, and print where they are."""
-    from cm3jax import png
+def draw_task(
+    verb: Edit | DrawFrom, task: str, values: dict, examples: list, prompt: str, into: str, more: dict
+) -> None:
+    """Draw --count pictures of one task, and print where they are; `more` settings go into their files."""
+    from cm3jax import png, provenance
 
     run, rows = folder(verb.run), [values] * positive("count", verb.count)
     seed = seeded(verb.seed)
@@ -453,8 +465,28 @@ def draw_task(verb: Edit | DrawFrom, task: str, values: dict, examples: list, ti
 
     generator = generate.load(run, step=chosen_checkpoint(run))
     (field,) = tasks.table.find(task).answer
+    seen = [[provenance.hashed(x) if pathlib.Path(x).is_file() else x for x in words] for words in verb.example]
+    given = {"task": task, "picture": provenance.hashed(verb.picture), "example": seen, **more}
+    model, settings = artist(run), configs.to_json(verb.sampling) | given
     for i, found in enumerate(tasks.answer(generator, task, rows, seed, verb.sampling, examples=examples)):
-        print(png.write(verb.out or run / into, found[field], title, verb.seed, i, verb))
+        made = provenance.Made(model, prompt, seed, i, settings)
+        print(png.write(verb.out or run / into, found[field], made))
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Show where a picture came from: the model, prompt, seed and settings in its file's fields.
+
+    cm3jax show runs/quickstart/generated/a-red-circle-0-0-1a2b3c.png
+    """
+
+    picture: Positional[Annotated[str, arg(metavar="PICTURE")]]
+    """PNG file that this program wrote."""
+
+    def __call__(self):
+        from cm3jax import provenance
+
+        print(provenance.show(self.picture))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -537,13 +569,12 @@ def write_task(verb: Ask | Describe, task: str, values: dict, examples: list) ->
     return "\n".join(found.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class Remembering:
-    """What a picture was drawn with, beside its caption: written into its file."""
+def artist(run: pathlib.Path):
+    """Return the `provenance.Model` that draws: the run's, with the checkpoint that its evaluation chose."""
+    from cm3jax import provenance
+    from cm3jax.sample import generate
 
-    sampling: Sampling
-    documents: tuple[str, ...]
-    candidates: int
+    return provenance.Model(run_recipe(str(run)).name, *generate.identity(run, chosen_checkpoint(run)))
 
 
 def documents(given: int, run: pathlib.Path, verb: str) -> int:
@@ -668,9 +699,9 @@ class RetrieveQuery:
         records = [bank.record(document) for document in found]
         drawn = sheet.draw(self.query if picture is None else picture, records, [x.score for x in found])
         if not self.out:
-            print(png.write(given / "retrieved", drawn, self.query, 0, 0, bank.settings))
+            print(png.save(given / "retrieved" / f"{png.stem(self.query, 0, 0, bank.settings)}.png", drawn))
             return
-        print(png.save(self.out, drawn))
+        print(png.save(self.out, drawn))  # without marks of a machine: these pictures are the bank's
 
 
 def looks_like_a_file(text: str) -> bool:
@@ -730,6 +761,30 @@ class Evaluate:
         decoding = suites.Decoding(chosen(home, "generate"), chosen_checkpoint(home), *shown)
         suites.evaluate(named, home, self.recipe, self.held_out or home, self.split, decoding, self.score)
         print("\n".join(f"result: {home / 'suites' / name}.json" for name in named))
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Write a run's model card: data, licences, compute, scores and their spread, from its files alone.
+
+    cm3jax card RUN --also RUN2 RUN3 --by lang source
+
+    It ends with all settings as they are, paths among them: read it before you publish it.
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Run folder."""
+    also: tuple[str, ...] = ()
+    """Runs of the same recipe with other seeds: scores are then given with their spread over all."""
+    by: tuple[str, ...] = ()
+    """Attributes by which scores are given: source, license, group, or a field of the data's records, such as lang."""
+    out: str = ""
+    """Markdown file; "": RUN/card.md."""
+
+    def __call__(self):
+        from cm3jax import card
+
+        print(card.write(folder(self.run), [folder(one) for one in self.also], self.by, self.out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -996,9 +1051,11 @@ VERBS = {
     "draw-from": DrawFrom,
     "ask": Ask,
     "describe": Describe,
+    "show": Show,
     "retrieve build": RetrieveBuild,
     "retrieve query": RetrieveQuery,
     "evaluate": Evaluate,
+    "card": Card,
     "tasks": Tasks,
     "score": Score,
     "score-text": ScoreText,

@@ -8,6 +8,8 @@ import numpy as np
 import tensorboardX
 from PIL import Image
 
+from cm3jax import config as configs
+from cm3jax import provenance
 from cm3jax.config import Recipe
 from cm3jax.data import encode, shards
 
@@ -28,8 +30,11 @@ def drawings(recipe: Recipe, run: pathlib.Path) -> Callable[[Any, int], None]:
     def draw(state, step: int) -> None:
         params = state.extra.get("ema", state.params)
         generator = generate.of(recipe, model, params, *tokenizers, COUNT)
-        pictures = generator.text_to_image(prompts, sampling=recipe.evaluate.draw[0])
-        save(run / "decoder", "samples", step, [pictures])
+        sampling = recipe.evaluate.draw[0]
+        drawn = provenance.Model(recipe.name, step, "not recorded")  # these may never be saved
+        made = provenance.Made(drawn, "\n".join(prompts), 0, 0, configs.to_json(sampling))
+        pictures = generator.text_to_image(prompts, made.seed, sampling)
+        save(run / "decoder", "samples", step, [pictures], provenance.fields(made))
 
     return draw if prompts else lambda state, step: None
 
@@ -65,11 +70,11 @@ def held_out(prepared) -> shards.Reader:
     return shards.Reader(prepared, "validation" if "validation" in shards.splits(prepared) else "train")
 
 
-def save(folder: pathlib.Path, name: str, step: int, rows: list[np.ndarray]) -> None:
-    """Write rows of pictures [n, h, w, 3] as one sheet: FOLDER/NAME/STEP.png, and an image event."""
+def save(folder: pathlib.Path, name: str, step: int, rows: list[np.ndarray], fields=None) -> None:
+    """Write rows of pictures [n, h, w, 3] as one sheet: FOLDER/NAME/STEP.png with these fields, and an image event."""
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
     path = folder / name / f"{step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    Image.fromarray(sheet).save(path, pnginfo=fields)
     with tensorboardX.SummaryWriter(str(folder), filename_suffix=f".{name}") as events:
         events.add_image(name, sheet, step, dataformats="HWC")

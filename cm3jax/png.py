@@ -1,6 +1,5 @@
 """Picture files of the command line: read any, write PNG with what it was made from in its text fields."""
 
-import json
 import pathlib
 import re
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from cm3jax import config
+from cm3jax import config, provenance
 from cm3jax.data import example, pictures
 from cm3jax.types import UserError
 
@@ -42,35 +41,23 @@ def save(path, picture: np.ndarray, fields: PngImagePlugin.PngInfo | None = None
     return path
 
 
-def write(folder, picture: np.ndarray, prompt: str, seed: int, index: int, settings: Any) -> pathlib.Path:
-    """Write one picture, uint8 [h, w, 3], and return its path; the name tells prompt, seed and index.
+def write(folder, picture: np.ndarray, made: provenance.Made) -> pathlib.Path:
+    """Write one picture, uint8 [h, w, 3], with what it was made from in its fields, and return its path.
 
-    Args:
-      prompt, seed, index: What it was drawn from; row `index` of the call.
-      settings: A dataclass; a digest of it is in the name, so that other settings give another file.
+    The name tells prompt, seed and index, and a digest of all else, so that other settings give another file.
 
     Raises:
       UserError: if it cannot be written there.
     """
-    made = prompt, seed, index, settings
-    return save(pathlib.Path(folder) / f"{stem(*made)}.png", picture, fields(*made))
+    return save(pathlib.Path(folder) / f"{named(made)}.png", picture, provenance.fields(made))
+
+
+def named(made: provenance.Made) -> str:
+    """Return the name, without its ending, of what was made so."""
+    return stem(made.prompt, made.seed, made.index, made)
 
 
 def stem(prompt: str, seed: int, index: int, settings: Any) -> str:
-    """Return the name, without its ending, of what was made so."""
+    """Return the name, without its ending, of what was made so; `settings` is a dataclass."""
     slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "picture"
     return f"{slug}-{seed}-{index}-{config.digest(prompt, settings)[:6]}"
-
-
-def fields(prompt: str, seed: int, index: int, settings: Any) -> PngImagePlugin.PngInfo:
-    """Return the text fields of a picture's file."""
-    found = PngImagePlugin.PngInfo()
-    values = {
-        "prompt": prompt,
-        "seed": str(seed),
-        "index": str(index),
-        "settings": json.dumps(config.to_json(settings)),
-    }
-    for name, value in {**values, "Software": "cm3jax"}.items():
-        found.add_itxt(name, value)
-    return found

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cm3jax import config as configs
-from cm3jax import curves, metrics
+from cm3jax import curves, metrics, provenance
 from cm3jax.tasks import table
 from cm3jax.types import UserError
 
@@ -53,7 +53,8 @@ def write(run) -> None:
     drawn = examples.get("text_to_image", [])
     pictures = [Image.open(io.BytesIO(picture_bytes(run / "evaluate" / e["picture"]))) for e in drawn]
     title = f"{report.get('name', run.name)}: pictures from captions, not picked"
-    sheet(title, pictures, [e["caption"] for e in drawn], [e.get("correct") for e in drawn]).save(run / "samples.png")
+    shown = sheet(title, pictures, [e["caption"] for e in drawn], [e.get("correct") for e in drawn])
+    shown.save(run / "samples.png", pnginfo=provenance.fields(made(report, drawn)))
     (run / "report.html").write_text(page(run, report, examples), encoding="utf-8")
 
 
@@ -69,6 +70,15 @@ def read(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; make it with: cm3jax evaluate RUN") from None
     except ValueError as e:
         raise UserError(f"{path}: not readable ({e}); make it again with: cm3jax evaluate RUN") from None
+
+
+def made(report: dict[str, Any], drawn: list[dict[str, Any]]) -> provenance.Made:
+    """Return what the pictures of samples.png were made from."""
+    protocol, how = report.get("protocol", {}), report.get("text_to_image", {}).get("sampling", {})
+    checkpoint = protocol.get("checkpoint", {})
+    model = provenance.Model(report.get("name", ""), checkpoint.get("step"), checkpoint.get("weights", "not recorded"))
+    shown = tuple(one["key"] for example in drawn for one in example.get("documents", ()))
+    return provenance.Made(model, "\n".join(e["caption"] for e in drawn), protocol.get("seed"), 0, how, shown)
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

@@ -8,6 +8,7 @@ Every stage is `f(recipe, run folder)`. It leaves its files in its own folder, a
 interrupted. The calls import what they need when they run, so that preparing data never loads jax.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -660,11 +661,23 @@ def make(stage: Stage, recipe: Recipe, folder: pathlib.Path, record: stages.Reco
     hosts.barrier(f"{stage.name} ends")
 
 
+ON_DEVICES = {"image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"}
+"""Stages that compute with jax; the others never ask for its devices."""
+
+
+def devices() -> dict[str, int]:
+    """Return {kind: number} of all devices of this run."""
+    import jax
+
+    return dict(collections.Counter(device.device_kind for device in jax.devices()))
+
+
 def _make(stage: Stage, recipe: Recipe, folder: pathlib.Path, record: stages.Record, now: dict[str, str]) -> None:
     record.config = stage.settings(recipe)
     record.hash = config.digest(stages.significant(record.config))
     record.inputs, record.complete = now, False
-    with stages.measured(stage.folder(folder), record):
+    held = devices() if stage.name in ON_DEVICES else None
+    with stages.measured(stage.folder(folder), record, devices=held):
         stage.call(recipe, folder)
         record.files = stages.files(folder, stage.output)
         record.result = stages.fingerprint(folder, record.files)

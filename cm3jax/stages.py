@@ -53,6 +53,8 @@ class Record:
     """Largest resident memory of the process and its children together; shared pages count once per process."""
     imported: str = ""
     """What it was imported from; it has no inputs then, and `config` only what the import decides."""
+    device_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds times the devices that the run held, by their kind as jax names it; {}: none, or not counted."""
 
 
 def read(folder: pathlib.Path) -> Record | None:
@@ -183,16 +185,25 @@ def memory() -> int:
 
 
 @contextlib.contextmanager
-def measured(folder: pathlib.Path, record: Record, every: float = 10.0, sample: float = 0.25):
-    """Keep `record.seconds` and `.peak_memory_gib` true while a stage runs.
+def measured(
+    folder: pathlib.Path,
+    record: Record,
+    every: float = 10.0,
+    sample: float = 0.25,
+    devices: dict[str, int] | None = None,
+):
+    """Keep `record.seconds`, `.device_seconds` (of so many `devices`) and `.peak_memory_gib` true while a stage runs.
 
     The record is written every `every` seconds, so that a kill loses no more time than that; memory is looked at
     every `sample` seconds.
     """
     before, start, stop = record.seconds, time.monotonic(), threading.Event()
+    held, kinds = dict(record.device_seconds), devices or {}
 
     def look():
-        record.seconds = round(before + time.monotonic() - start, 2)
+        took = time.monotonic() - start
+        record.seconds = round(before + took, 2)
+        record.device_seconds = held | {kind: round(held.get(kind, 0.0) + n * took, 2) for kind, n in kinds.items()}
         record.peak_memory_gib = round(max(record.peak_memory_gib, memory() / GIB), 3)
 
     def watch():

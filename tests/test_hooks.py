@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm3jax import hooks
+from cm3jax import config, hooks, provenance
 from cm3jax.data import shards
+from cm3jax.sample import generate
+from cm3jax.tokenizers import image, text
 from cm3jax.types import Record
 
 
@@ -37,6 +39,24 @@ def test_without_a_validation_split_the_training_split_serves(tmp_path):
     write(tmp_path, "train", [Record("t", ("train", picture(3)))])
     assert hooks.captions(tmp_path) == ["train"]
     assert hooks.pictures(tmp_path).shape == (1, 3, 5, 3)
+
+
+def test_a_sheet_that_the_decoder_drew_says_so(prepared, monkeypatch):
+    class Drawer:
+        def text_to_image(self, prompts, seed, sampling):
+            return np.stack([picture(seed)] * len(prompts))
+
+    class State:
+        extra, params = {}, None
+
+    for module in (text, image):
+        monkeypatch.setattr(module, "load", lambda folder: None)
+    monkeypatch.setattr(generate, "of", lambda *arguments: Drawer())
+    (prepared / "prepared").symlink_to(prepared)
+    hooks.drawings(config.Recipe(name="made up"), prepared)(State, 12)
+    found = provenance.read(prepared / "decoder" / "samples" / "0000012.png")
+    assert found["prompt"].split("\n") == hooks.captions(prepared) and found["step"] == "12"
+    assert found["source"] == "trainedAlgorithmicMedia" and found["model"] == "made up"
 
 
 def test_a_sheet_is_a_png_and_an_event(tmp_path):

@@ -317,7 +317,8 @@ def test_a_text_longer_than_the_limit_and_one_at_it():
 
 
 def test_the_summary_counts_what_there_is(tmp_path):
-    rows = [{"file_name": f"{i}.png", "license": "CC0-1.0" if i else ""} for i in range(3)]
+    sources = ["me", "https://user:word@Example.org/a.png?x=1", "https://example.org/b.png"]
+    rows = [{"file_name": f"{i}.png", "license": "CC0-1.0" if i else "", "source": sources[i]} for i in range(3)]
     rows += [{"file_name": "none.png"}, {"file_name": "0.png", "text": ""}, {"file_name": "1.png", "text": " "}]
     source = captioned(tmp_path / "in", *rows)
     for i in range(3):
@@ -327,7 +328,7 @@ def test_the_summary_counts_what_there_is(tmp_path):
     assert (summary["rows"], summary["records"]) == (6, 3)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("train*"))
     assert summary["splits"] == {"train": {"records": 3, "pictures": 3, "shards": 1, "bytes": size}}
-    assert summary["licenses"] == {"CC0-1.0": 2, "": 1}
+    assert summary["licenses"] == {"CC0-1.0": 2, "": 1} and summary["sources"] == {"example.org": 2, "me": 1}
     assert summary["rejects"] == {"empty caption": 2, "missing file": 1}
     assert summary["sizes"] == {"shorter_side": {"min": 10, "median": 20, "max": 30}, "enlarged": 1}
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from cm3jax import checkpoint
-from cm3jax.data import tokens
-from cm3jax.evaluate import protocol
+from cm3jax import checkpoint, config
+from cm3jax.data import scenes, shards, tokens
+from cm3jax.evaluate import pictures as closeness
+from cm3jax.evaluate import protocol, samples
 
 
 @pytest.fixture
@@ -56,3 +57,64 @@ def test_perplexity_is_that_of_causal_rows_for_text_and_codes_and_of_masked_ones
 def test_a_modality_without_tokens_has_no_perplexity():
     found = protocol.perplexity(lambda *_: {"loss_text": (2.0, 1.0), "loss_image": (0.0, 0.0)}, None, "test")
     assert found == {"text": pytest.approx(math.exp(2)), "image": None, "infill": None}
+
+
+class Knowing:
+    """Draws what the captions ask for, and of every third one nothing; its tokenizer keeps the pictures themselves."""
+
+    grid = (4, 4)
+    params = None
+
+    def __init__(self, splits):
+        self.known = {c: p for split in splits.values() for c, p in zip(split.captions, split.pictures, strict=True)}
+        self.image = self
+
+    def encode(self, pictures):
+        return np.stack(pictures)
+
+    def decode(self, codes):
+        return codes
+
+    def text_to_image(self, captions, seed, sampling, retrieved=None):
+        return np.stack([self.known[c] if i % 3 else 0 * self.known[c] for i, c in enumerate(captions)])
+
+    def image_to_text(self, codes, seed, sampling, max_text, retrieved=None):
+        known = {picture.tobytes(): caption for caption, picture in self.known.items()}
+        return [known[c.tobytes()] if i % 3 else "" for i, c in enumerate(codes)]
+
+    def infill_image(self, codes, captions, boxes, seed, sampling):
+        return self.text_to_image(captions, seed, sampling)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Records of the embedded world, of three splits."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for split in ("test", "validation", "composition"):
+        with shards.Writer(folder, split) as writer:
+            for i in range(7):
+                writer.write(scenes.record("easy", 0, i, split, 32))
+    return folder
+
+
+def test_every_figure_is_the_sum_of_the_samples_that_are_kept(prepared, monkeypatch, tmp_path):
+    monkeypatch.setattr(closeness, "codebook", lambda codes, size: {})
+    settings = config.Evaluate(draw=(config.Sampling(),), samples=7, validation_samples=3)
+    recipe = config.Recipe(prepare=config.Prepare(source="scenes:easy"), evaluate=settings)
+    splits = {name: protocol.pairs(prepared, name, 7) for name in shards.splits(prepared)}
+    artist = protocol.Artist(Knowing(splits), settings)
+    scores, _, table = protocol.score(recipe, artist, lambda *_: {}, splits, lambda line: None)
+    samples.write(tmp_path, table)
+    lines = samples.read(tmp_path)
+    assert len(lines) == 14 and {line["split"] for line in lines} == {"test", "composition"}
+    for split, find in (("test", lambda task: scores[task]), ("composition", lambda task: scores[task]["composition"])):
+        own = [line for line in lines if line["split"] == split]
+        for task in ("text_to_image", "image_to_text", "infill"):
+            found, told = samples.estimates(own, task), find(task)
+            assert found["accuracy"].value == pytest.approx(told["object_accuracy"])
+            assert found["whole"].value == pytest.approx(told["scene_accuracy"])
+            assert 0 < found["accuracy"].value < 1 and found["accuracy"].records == 7
+    found = samples.estimates([line for line in lines if line["split"] == "test"], "reconstruction")
+    assert found["ssim"].value == scores["reconstruction"]["ssim"] == 1 and found["accuracy"].value == 1
+    assert "psnr" not in found and scores["reconstruction"]["psnr"] is None, "no error: no number"
+    assert {line["attributes"]["source"] for line in lines} == {"scenes:easy"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from cm3jax import curves, report
+from cm3jax import curves, provenance, report
 from cm3jax.types import UserError
 
 
@@ -153,6 +153,14 @@ def test_the_sheet_holds_every_picture_enlarged_by_a_whole_number(run):
     first = sheet[top : top + 256 : 4, look.gap : look.gap + 256 : 4]
     np.testing.assert_array_equal(first, np.asarray(fake_run.picture(0)))
     assert sheet.shape[1] == look.gap + look.columns * (look.side + look.gap)
+
+
+def test_the_sheet_says_that_a_machine_drew_it_from_which_captions(run):
+    found = provenance.read(run / "samples.png")
+    captions = [e["caption"] for e in json.loads((run / "evaluate" / "examples.json").read_text())["text_to_image"]]
+    assert found["prompt"].split("\n") == captions and found["source"] == "trainedAlgorithmicMedia"
+    assert found["model"] == "quickstart" and found["weights"] == "not recorded" and found["step"] == "null"
+    assert json.loads(found["settings"])["guidance"] == 1.5
 
 
 def test_the_sheet_frames_wrong_pictures_only(run):

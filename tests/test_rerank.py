@@ -136,13 +136,13 @@ def test_documents_that_do_not_fit_are_left_out_of_what_is_told(generator, pairs
 
 
 def attempts(validation):
-    return [protocol.Try({"documents": n, "validation": v}, None, [], []) for n, v in validation.items()]
+    return [protocol.Try({"documents": n, "validation": v}, None, [], {}) for n, v in validation.items()]
 
 
 def test_the_number_of_documents_is_chosen_on_validation_and_the_first_of_equals():
     assert protocol.best(attempts({0: 0.1, 1: 0.4, 2: 0.3})) == 1
     assert protocol.best(attempts({0: 0.4, 1: 0.4})) == 0
-    assert protocol.best([protocol.Try({}, None, [], [])] * 3) == 0
+    assert protocol.best([protocol.Try({}, None, [], {})] * 3) == 0
 
 
 def scene_pairs(split, count=6):
@@ -183,7 +183,7 @@ def test_an_evaluation_draws_with_every_number_of_documents_and_chooses_on_valid
     draw = (configs.Sampling(), configs.Sampling(temperature=0.5))
     settings = configs.Evaluate(draw=draw, samples=6, validation_samples=6)
     artist = protocol.Artist(Painter(splits), settings, Memory(pairs))
-    scores, pictures, found, right, sampling = protocol.text_to_image(artist, splits)
+    scores, pictures, found, judged, sampling = protocol.text_to_image(artist, splits)
     assert (
         sampling == draw[1]
         and scores["documents"] == 2
@@ -193,7 +193,8 @@ def test_an_evaluation_draws_with_every_number_of_documents_and_chooses_on_valid
     assert (
         accuracies == sorted(accuracies) and accuracies[0] < accuracies[1] < accuracies[2] == scores["object_accuracy"]
     )
-    assert scores["composition"] == scores["by_documents"][2]["composition"] and all(right)
+    assert scores["composition"] == scores["by_documents"][2]["composition"]
+    assert all(one.whole for one in judged["test"]) and set(judged) == {"test", "composition"}
     assert len(scores["settings"]) == 2 and np.array_equal(pictures, splits["test"].pictures)
     told = artist.described(found)
     assert [[d["key"] for d in row] for row in told] == [["train/key0", "train/key1"]] * 6

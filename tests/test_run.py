@@ -49,6 +49,7 @@ def test_a_run_makes_all_stages_in_order(toy, tmp_path):
     record = stages.read(tmp_path / "decoder")
     assert record.complete and record.config["vocab"]["image"] == 8192
     assert record.inputs == {"tokens": stages.read(tmp_path / "tokens").result}
+    assert set(record.device_seconds) == {"cpu"} and stages.read(tmp_path / "prepared").device_seconds == {}
 
 
 def test_a_second_run_does_nothing(toy, tmp_path, capsys):

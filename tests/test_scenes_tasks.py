@@ -333,7 +333,9 @@ def test_answers_are_measured_by_task_with_an_example_of_each():
         same = [one for one in found if (one.fields["task"], one.fields["wording"]) == (name, wording)]
         return [answer(one) for one in same][: len(values)]
 
-    scores, examples = judges.measure(found, knows, 3)
+    scores, examples, each = judges.measure(found, knows, 3)
+    assert len(each) == 3 * len(table.TASKS) and {name.key for name, _, _ in each} <= {one.key for one in found}
+    assert all(one.whole and name.attributes["task"] == task for name, task, one in each)
     assert all(scores[name]["whole"] == 1 and scores[name]["examples"] == 3 for name in table.TASKS)
     assert asked == dict.fromkeys(table.TASKS, 3)
     figures = {"segmentation": "miou", "located": "box_iou", "words": "text"}

@@ -135,6 +135,15 @@ def test_time_adds_up_over_interruptions(tmp_path):
     assert found.peak_memory_gib > 0.05  # this process holds jax
 
 
+def test_devices_count_as_long_as_they_are_held(tmp_path):
+    record = stages.Record(seconds=5.0, device_seconds={"a chip": 8.0})
+    with stages.measured(tmp_path, record, devices={"a chip": 4, "another": 2}):
+        time.sleep(0.05)
+    found = stages.read(tmp_path)
+    assert found.device_seconds["a chip"] == pytest.approx(8 + 4 * (found.seconds - 5), abs=0.1)
+    assert found.device_seconds["another"] == pytest.approx(2 * (found.seconds - 5), abs=0.1)
+
+
 def test_time_survives_a_kill(tmp_path):
     """The record on disk is kept true while the stage runs, not only at its end."""
     record = stages.Record()

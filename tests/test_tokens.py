@@ -82,3 +82,12 @@ def test_lengths_of_other_ids_are_noticed(tmp_path):
     np.save(tmp_path / "train-00000-of-00001.lengths.npy", np.array([3], np.int32))
     with pytest.raises(UserError, match="disagree"):
         tokens.Tokens(tmp_path, "train")
+
+
+def test_blocks_are_all_ids_in_order(tmp_path):
+    documents = [(str(i), np.arange(i, i + 5)) for i in range(6)]
+    for i in range(2):
+        tokens.write(tmp_path, "train", documents[i::2], i, 2)
+    found = list(tokens.Tokens(tmp_path, "train").blocks(4))
+    assert max(map(len, found)) == 4
+    assert np.concatenate(found).tolist() == [x for i in range(2) for _, ids in documents[i::2] for x in ids]

@@ -275,7 +275,7 @@ def _summary(done: list[dict], work: pathlib.Path, resolution: int) -> dict:
     """Add up the pieces' counts."""
 
     def add(name):
-        return sum((collections.Counter(piece[name]) for piece in done), collections.Counter())
+        return sum((collections.Counter(piece.get(name, {})) for piece in done), collections.Counter())
 
     splits = collections.defaultdict(collections.Counter)
     for piece in done:
@@ -287,6 +287,7 @@ def _summary(done: list[dict], work: pathlib.Path, resolution: int) -> dict:
         "splits": {split: dict(splits[split]) for split in sorted(splits)},
         "sizes": _sizes(add("sides"), resolution),
         "licenses": dict(add("licenses").most_common(100)),
+        "sources": dict(add("sources").most_common(100)),  # an interrupted older version's pieces have none
         **_duplicates(done, work),
         "rejects": dict(add("rejects").most_common()),
     }

@@ -19,6 +19,9 @@ from cm3jax.types import ANSWER, Record
 
 MAX_TEXT = 100_000  # characters of a caption
 SPLIT = re.compile(r"\w{1,40}", re.ASCII)
+ADDRESS = re.compile(r"\w+://(?:[^/?#@]*@)?([^/?#]+)")
+MOST_SOURCES = 1000
+"""Different sources of a piece that are counted."""
 HASHES = np.dtype([("hash", "<u8"), ("split", "<u2")])
 DONE = "done.json"
 
@@ -61,6 +64,7 @@ class _Piece:
         self.writers: dict[str, shards.Writer] = {}
         self.splits = collections.defaultdict(collections.Counter)
         self.licenses, self.rejects, self.sides = collections.Counter(), collections.Counter(), collections.Counter()
+        self.sources = collections.Counter()
         self.hashes: list[tuple[int, int]] = []
         self.rejects_file = (path / "rejects.jsonl").open("w", encoding="ascii")
 
@@ -87,6 +91,7 @@ class _Piece:
         images = [part for part in decoded if not isinstance(part, str)]
         self.splits[record.split].update(records=1, pictures=len(images))
         self.licenses[record.license] += 1
+        self.sources[origin(record.source)] += 1
         self.sides.update(min(image.shape[:2]) for image in images)
         number = list(self.writers).index(record.split)
         self.hashes += [(digest(image), number) for image in images]
@@ -105,7 +110,15 @@ class _Piece:
     def _summary(self) -> dict:
         names = ("splits", "licenses", "rejects", "sides")
         rows = sum(self.rejects.values()) + sum(s["records"] for s in self.splits.values())
-        return {**{name: getattr(self, name) for name in names}, "order": list(self.writers), "rows": rows}
+        sources = dict(self.sources.most_common(MOST_SOURCES))
+        own = {"sources": sources, "order": list(self.writers), "rows": rows}
+        return {name: getattr(self, name) for name in names} | own
+
+
+def origin(source: str) -> str:
+    """Return the host of a source that is an address, any other as it is."""
+    found = ADDRESS.match(source)
+    return found[1].lower() if found else source
 
 
 def digest(part: str | np.ndarray) -> int:

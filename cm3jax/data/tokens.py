@@ -9,7 +9,7 @@ answer). The ids file is renamed into place last, so a shard that has one is who
 import itertools
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -134,6 +134,11 @@ class Tokens:
         """Return where the answers of document i stand in its ids, int64 [k, 2]; none where no task made it."""
         first, end = np.searchsorted(self.marks[:, 0], [i, i + 1])
         return self.marks[first:end, 1:] + self.before(i)
+
+    def blocks(self, size: int = 2**20) -> Iterator[np.ndarray]:
+        """Yield all ids of the split, uint16, up to `size` at a time."""
+        for ids in self._ids:
+            yield from (ids[i : i + size] for i in range(0, len(ids), size))
 
     def keys(self) -> list[str]:
         """Return the record key of every document."""

@@ -21,6 +21,7 @@ from cm3jax import config as configs
 from cm3jax.data import encode, pipeline, retrieved, scenes, shards, tokens
 from cm3jax.data.scenes_world import TASKS, Scene, from_json
 from cm3jax.evaluate import pictures as closeness
+from cm3jax.evaluate import samples
 from cm3jax.evaluate import scenes as judges
 from cm3jax.evaluate import tasks as answered
 from cm3jax.sample import generate, recall, tasks
@@ -39,19 +40,22 @@ class Pairs:
       pictures: uint8 [n, h, w, 3].
       truths: None where the data has none.
       level: Of the embedded world; "" for other data.
+      names: The records, for the table of samples.
     """
 
     captions: list[str]
     pictures: np.ndarray
     truths: list[Scene] | None = None
     level: str = ""
+    names: tuple[samples.Named, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, rows: slice) -> "Pairs":
         truths = None if self.truths is None else self.truths[rows]
-        return dataclasses.replace(self, captions=self.captions[rows], pictures=self.pictures[rows], truths=truths)
+        taken = {"captions": self.captions[rows], "pictures": self.pictures[rows], "names": self.names[rows]}
+        return dataclasses.replace(self, truths=truths, **taken)
 
     def pictured(self, pictures: np.ndarray) -> list[judges.Score]:
         """Judge pictures that should show what the captions say."""
@@ -69,6 +73,10 @@ class Pairs:
         """Return for each example whether all of it is right; None where nobody can tell."""
         return [one.whole for one in found] if self.level else [None] * len(self)
 
+    def named(self, rows=None) -> list[samples.Named]:
+        """Return the records, or those of these numbers."""
+        return [self.names[i] for i in (range(len(self)) if rows is None else rows)]
+
 
 ACCURACIES = ("object_accuracy", "scene_accuracy")
 
@@ -79,7 +87,7 @@ def accuracy(found: list[judges.Score]) -> dict[str, float]:
 
 
 def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) -> dict:
-    """Score the run in folder `run`; write evaluate/scores.json, evaluate/examples.json and the examples' pictures.
+    """Score the run in folder `run`; write evaluate/scores.json, samples.jsonl, examples.json and their pictures.
 
     Returns:
       What scores.json holds: see `score`.
@@ -96,19 +104,20 @@ def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) ->
     if losses:
         say(f"evaluate: checkpoint {step}, of {', '.join(f'{s} (validation loss {x:.4f})' for s, x in losses.items())}")
     artist = Artist(generate.load(run, batch=settings.batch, step=step), settings, remembered(recipe, run))
-    scores, examples = score(recipe, artist, measure, splits, say)
+    scores, examples, table = score(recipe, artist, measure, splits, say)
     if splits["test"].level == TASKS:
-        scores["tasks"], examples["tasks"] = answers(recipe, artist, run, scores, say)
-    scores["protocol"]["checkpoint"] = {
-        "step": step or checkpoint.steps(run / "decoder")[-1],
-        "validation_loss": losses,
-    }
+        scores["tasks"], examples["tasks"], each = answers(recipe, artist, run, scores, say)
+        for name, task, found in each:
+            samples.put(table, f"tasks.{task}", [name], [found])
+    step, weights = generate.identity(run, step)
+    scores["protocol"]["checkpoint"] = {"step": step, "weights": weights, "validation_loss": losses}
+    samples.write(run / "evaluate", table)
     save(run / "evaluate", scores, examples)
     return scores
 
 
-def answers(recipe: configs.Recipe, artist: "Artist", run: pathlib.Path, scores: dict, say) -> tuple[dict, list]:
-    """Return the figures of each task, and an example of each; pictures are drawn as was chosen for captions."""
+def answers(recipe: configs.Recipe, artist: "Artist", run: pathlib.Path, scores: dict, say) -> tuple[dict, list, list]:
+    """Return what `evaluate.tasks.measure` does; pictures are drawn as was chosen for captions."""
     settings = recipe.evaluate
     draw = configs.from_json(configs.Sampling, scores["text_to_image"]["sampling"])
 
@@ -182,55 +191,70 @@ def plain(record) -> bool:
 
 def pairs(prepared, split: str, most: int) -> Pairs:
     """Return the first pairs of a split; records without both a text and a picture are passed over."""
-    captions, pictures, truths, level = [], [], [], ""
+    captions, pictures, truths, names, level = [], [], [], [], ""
     for record in shards.Reader(prepared, split):
         text, picture = first(record)
         if text is None or picture is None or not plain(record):
             continue
         captions.append(text)
         pictures.append(picture)
+        names.append(samples.named(record, split))
         if record.source.startswith("scenes:"):
             level = record.source.removeprefix("scenes:")
             truths.append(from_json(record.fields["scene"]))
         if len(captions) == most:
             break
     stacked = np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
-    return Pairs(captions, stacked, truths, level) if truths else Pairs(captions, stacked)
+    return Pairs(captions, stacked, truths or None, level, tuple(names))
 
 
-def score(recipe, artist: Artist, measure, splits: dict[str, Pairs], say) -> tuple[dict, dict]:
-    """Return (scores, examples): the figures by task, and the first test examples with their pictures."""
+def score(recipe, artist: Artist, measure, splits: dict[str, Pairs], say) -> tuple[dict, dict, samples.Table]:
+    """Return the figures by task, the first test examples with their pictures, and the table of all samples."""
     test, generator = splits["test"], artist.generator
     codes = {name: generator.encode(split.pictures) for name, split in splits.items()}
+    table: samples.Table = {}
     examples, scores = {}, {"name": recipe.name, "source": recipe.prepare.source, "protocol": protocol(recipe, splits)}
 
     say("evaluate: reconstruction")
     rebuilt = generator.image.decode(codes["test"])
-    scores["reconstruction"] = reconstruction(test, rebuilt, codes["test"], recipe.vocab.image)
+    scores["reconstruction"], found = reconstruction(test, rebuilt, codes["test"], recipe.vocab.image)
+    samples.put(table, "reconstruction", test.named(), found)
     examples["reconstruction"] = [
         {"original": a, "picture": b} for a, b in zip(test.pictures, rebuilt[: recipe.evaluate.sheet], strict=False)
     ]
     say("evaluate: text to image")
-    scores["text_to_image"], drawn, found, right, chosen = text_to_image(artist, splits)
+    scores["text_to_image"], drawn, found, judged, chosen = text_to_image(artist, splits)
+    keep(table, "text_to_image", splits, judged)
+    right = test.correct(judged.get("test", []))
     examples["text_to_image"] = [
         {"caption": c, "picture": p, "correct": r} for c, p, r in zip(test.captions, drawn, right, strict=True)
     ]
     sheet = recipe.evaluate.sheet
     shown(examples["text_to_image"], artist.described(found[:sheet]))
     say("evaluate: image to text")
-    scores["image_to_text"], written, found, right = image_to_text(artist, splits, codes)
+    scores["image_to_text"], written, found, judged = image_to_text(artist, splits, codes)
+    keep(table, "image_to_text", splits, judged)
+    right = test.correct(judged.get("test", []))
     examples["image_to_text"] = [
         {"picture": p, "caption": c, "asked": a, "correct": r}
         for p, c, a, r in zip(test.pictures, written, test.captions, right, strict=True)
     ]
     shown(examples["image_to_text"], artist.described(found[:sheet]))
     say("evaluate: infilling")
-    scores["infill"], examples["infill"] = infill(recipe.evaluate, generator, splits, codes, chosen)
+    scores["infill"], examples["infill"], judged = infill(recipe.evaluate, generator, splits, codes, chosen)
+    for name, (rows, found) in judged.items():
+        samples.put(table, "infill", splits[name].named(rows), found)
     say("evaluate: perplexity")
     scores["perplexity"] = perplexity(measure, generator.params, "test")
     if "validation" in splits:
         scores["perplexity"]["validation"] = perplexity(measure, generator.params, "validation")
-    return scores, {name: rows[:sheet] for name, rows in examples.items()}
+    return scores, {name: rows[:sheet] for name, rows in examples.items()}, table
+
+
+def keep(table: samples.Table, task: str, splits: dict[str, Pairs], judged: dict[str, list[judges.Score]]) -> None:
+    """Put what was judged of whole splits into the table of samples."""
+    for name, found in judged.items():
+        samples.put(table, task, splits[name].named(), found)
 
 
 def shown(examples: list[dict], documents: list[list[dict]]) -> None:
@@ -260,16 +284,20 @@ def protocol(recipe, splits) -> dict:
 # ------------------------------------------------------------------------------------------------------------- tasks
 
 
-def reconstruction(test: Pairs, rebuilt, codes, size: int) -> dict:
-    """Return how well the image tokenizer alone does: the ceiling of all that follows."""
+def reconstruction(test: Pairs, rebuilt, codes, size: int) -> tuple[dict, list[dict]]:
+    """Return how well the image tokenizer alone does, the ceiling of all that follows; and the same of each picture."""
+    each = {name: getattr(closeness, name)(test.pictures, rebuilt) for name in ("psnr", "ssim")}
     found = {
-        "psnr": finite(closeness.psnr(test.pictures, rebuilt).mean()),
-        "ssim": finite(closeness.ssim(test.pictures, rebuilt).mean()),
+        **{name: finite(values.mean()) for name, values in each.items()},
         **{f"codebook_{name}": value for name, value in closeness.codebook(codes, size).items()},
         "codes": size,
         "samples": len(test),
     }
-    return found | accuracy(test.pictured(rebuilt) if test.level else [])
+    judged = test.pictured(rebuilt) if test.level else []
+    rows = [{name: finite(values[i]) for name, values in each.items()} for i in range(len(test))]
+    for row, one in zip(rows, judged, strict=False):
+        row |= samples.counts(one)
+    return found | accuracy(judged), rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,13 +307,13 @@ class Try:
     Attributes:
       row: Its figures: validation (object accuracy) and those of the test split.
       answers: To the test split's captions or pictures, and `documents` shown before each.
-      judged: The answers, where there is ground truth.
+      judged: The answers by split, of test and composition, where there is ground truth.
     """
 
     row: dict
     answers: Any
     documents: recall.Documents
-    judged: list[judges.Score]
+    judged: dict[str, list[judges.Score]]
 
 
 def best(tries: list[Try]) -> int:
@@ -293,26 +321,28 @@ def best(tries: list[Try]) -> int:
     return max(range(len(tries)), key=lambda i: tries[i].row.get("validation", 0.0))
 
 
-def attempt(answer, judge, splits, samples: int, row: dict) -> Try:
+def attempt(answer, judge, splits, count: int, row: dict) -> Try:
     """Return what answer(split's name, how many) gives, by judge(split's name, answers)."""
     answers, documents = answer("test", None)
     if not splits["test"].level:
-        return Try(row, answers, documents, [])
-    if samples and "validation" in splits:
-        row |= {"validation": accuracy(judge("validation", answer("validation", samples)[0]))["object_accuracy"]}
+        return Try(row, answers, documents, {})
+    if count and "validation" in splits:
+        row |= {"validation": accuracy(judge("validation", answer("validation", count)[0]))["object_accuracy"]}
     judged = judge("test", answers)
-    return Try(row | accuracy(judged), answers, documents, judged)
+    return Try(row | accuracy(judged), answers, documents, {"test": judged})
 
 
-def composed(answer, judge, splits) -> dict:
-    """Return the figures of the composition split, if there is one that can be judged."""
+def composed(one: Try, answer, judge, splits) -> Try:
+    """Return a try with the composition split's figures too, if there is one that can be judged."""
     if not splits["test"].level or "composition" not in splits:
-        return {}
-    return {"composition": accuracy(judge("composition", answer("composition", None)[0]))}
+        return one
+    judged = judge("composition", answer("composition", None)[0])
+    row = one.row | {"composition": accuracy(judged)}
+    return dataclasses.replace(one, row=row, judged=one.judged | {"composition": judged})
 
 
 def text_to_image(artist: Artist, splits):
-    """Return (scores, the test pictures of the chosen setting, documents shown, which are right, that setting).
+    """Return (scores, the test pictures of the chosen setting, documents shown, what was judged, that setting).
 
     How to draw is chosen with the most documents, then how many of them, both on the validation split. Without ground
     truth nothing can be chosen, and the first setting draws, with the most documents.
@@ -336,13 +366,13 @@ def text_to_image(artist: Artist, splits):
     for n in artist.documents if test.level else (most,):
         one = first if n == most else attempted(sampling, n, {})
         figures = {name: value for name, value in one.row.items() if name != "sampling"}
-        row = {"documents": n} | figures | composed(answers(sampling, n), judge, splits)
-        tries.append(dataclasses.replace(one, row=row))
-    return *finished(artist, tries, scores, len(test), sampling), test.correct(tries[best(tries)].judged), sampling
+        one = dataclasses.replace(one, row={"documents": n} | figures)
+        tries.append(composed(one, answers(sampling, n), judge, splits))
+    return *finished(artist, tries, scores, len(test), sampling), tries[best(tries)].judged, sampling
 
 
 def image_to_text(artist: Artist, splits, codes):
-    """Return (scores, the captions written for the test pictures, documents shown, which of them are right)."""
+    """Return (scores, the captions written for the test pictures, documents shown, what was judged)."""
     settings, test = artist.settings, splits["test"]
 
     def judge(name, texts):
@@ -350,27 +380,29 @@ def image_to_text(artist: Artist, splits, codes):
 
     def attempted(documents: int) -> Try:
         answer = lambda name, count: artist.write(splits[name], codes[name], documents, count)  # noqa: E731
-        samples = settings.validation_samples if artist.memory else 0  # else there is nothing to choose
-        one = attempt(answer, judge, splits, samples, {"documents": documents})
-        return dataclasses.replace(one, row=one.row | composed(answer, judge, splits))
+        count = settings.validation_samples if artist.memory else 0  # else there is nothing to choose
+        one = attempt(answer, judge, splits, count, {"documents": documents})
+        return composed(one, answer, judge, splits)
 
     tries = [attempted(n) for n in (artist.documents if test.level else (max(artist.documents),))]
-    return *finished(artist, tries, {}, len(test), settings.write), test.correct(tries[best(tries)].judged)
+    return *finished(artist, tries, {}, len(test), settings.write), tries[best(tries)].judged
 
 
-def finished(artist: Artist, tries: list[Try], scores: dict, samples: int, sampling):
+def finished(artist: Artist, tries: list[Try], scores: dict, count: int, sampling):
     """Return (scores, answers, documents) of the best of tries with different numbers of documents."""
     chosen = tries[best(tries)]
     figures = {name: value for name, value in chosen.row.items() if name not in ("documents", "validation")}
-    scores = figures | {"samples": samples, "sampling": configs.to_json(sampling)} | scores
+    scores = figures | {"samples": count, "sampling": configs.to_json(sampling)} | scores
     if artist.memory:
         scores |= {"documents": chosen.row["documents"], "by_documents": [one.row for one in tries]}
         scores["candidates"] = artist.settings.candidates
     return scores, chosen.answers, chosen.documents
 
 
-def infill(settings: configs.Evaluate, generator, splits, codes, sampling) -> tuple[dict, list[dict]]:
-    """Return (scores, examples) of drawing one region anew: a box around one object, or the middle of the picture.
+def infill(settings: configs.Evaluate, generator, splits, codes, sampling) -> tuple[dict, list[dict], dict]:
+    """Return (scores, examples, judged) of drawing one region anew: a box around an object, or the picture's middle.
+
+    Judged is {split: (numbers of the records, their `Score`s)}, where there is ground truth.
 
     Scenes without an object that has a region to itself are passed over.
     """
@@ -392,14 +424,16 @@ def infill(settings: configs.Evaluate, generator, splits, codes, sampling) -> tu
     test = splits["test"]
     rows, boxes, captions, drawn, found = one("test")
     scores = {"samples": len(rows), "sampling": configs.to_json(sampling)} | accuracy(found)
+    judged = {"test": (rows, found)} if test.level else {}
     if test.level and "composition" in splits:
-        scores["composition"] = accuracy(one("composition")[-1])
+        numbers, *_, seen = one("composition")
+        scores["composition"], judged["composition"] = accuracy(seen), (numbers, seen)
     right = [bool(s.matched == s.of) for s in found] if test.level else [None] * len(rows)
     examples = [
         {"masked": hide(test.pictures[i], box), "picture": p, "original": test.pictures[i], "caption": c, "correct": r}
         for i, box, p, c, r in zip(rows, boxes, drawn, captions, right, strict=True)
     ]
-    return scores, examples
+    return scores, examples, judged
 
 
 MIDDLE = (0.25, 0.25, 0.75, 0.75)

@@ -319,7 +319,7 @@ def answered(bench: Bench, out: pathlib.Path) -> dict:
             keep(path, found, table.TASKS[task].answer[0])
         return kept(path, table.TASKS[task].answer[0])
 
-    found, _ = judges.measure((bench.reader[i] for i in rows), answer, settings.samples)
+    found, *_ = judges.measure((bench.reader[i] for i in rows), answer, settings.samples)
     told = {"set": f"scenes:{TASKS}", "reference": {"data": bench.documents(rows)}}
     metrics = {}
     for name, value, samples in flat(found):

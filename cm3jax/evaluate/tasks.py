@@ -16,7 +16,7 @@ from cm3jax.data import scenes, scenes_tasks, scenes_tasks_read, scenes_tasks_re
 from cm3jax.data import scenes_world as world
 from cm3jax.data.scenes_tasks import Truth
 from cm3jax.data.scenes_world import Scene
-from cm3jax.evaluate import boxes, edges, letters, segmentation
+from cm3jax.evaluate import boxes, edges, letters, samples, segmentation
 from cm3jax.evaluate import scenes as judges
 from cm3jax.evaluate.scenes import Score
 from cm3jax.tasks import table, templates
@@ -124,8 +124,11 @@ Answerer = Callable[[str, Sequence[dict[str, Any]], int], list[dict[str, Any]]]
 """(task, the fields of each row but the answer's, which wording) -> {field: answer} of each row."""
 
 
-def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dict, list[dict[str, Any]]]:
-    """Return (`summary`, an example of each task) of the answers to the first `most` records of each task.
+def measure(
+    records: Iterable[Record], answer: Answerer, most: int
+) -> tuple[dict, list[dict[str, Any]], list[tuple[samples.Named, str, Score]]]:
+    """Return (`summary`, an example of each task, each record with its task and score) of the answers to the first
+    `most` records of each task.
 
     The summary has the figures of `against` too. An example holds what was given and asked for in reading order, what
     came, and whether that is right.
@@ -137,7 +140,7 @@ def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dic
         if task in table.TASKS and "truth" in record.fields and counts[task] < most:
             groups.setdefault((task, record.fields["wording"]), []).append(record)
             counts[task] += 1
-    truths, scores, examples, pairs = [], [], {}, collections.defaultdict(list)
+    truths, scores, examples, each, pairs = [], [], {}, [], collections.defaultdict(list)
     for (task, wording), found in groups.items():
         wanted = table.TASKS[task].answer
         values = [templates.read(task, record.parts) for record in found]
@@ -149,10 +152,11 @@ def measure(records: Iterable[Record], answer: Answerer, most: int) -> tuple[dic
         truths, scores = truths + known, scores + judged
         if table.TASKS[task].draws:
             pairs[task] += zip(known, (row[wanted[0]] for row in drawn), strict=True)
+        each += [(samples.named(one, one.split), task, seen) for one, seen in zip(found, judged, strict=True)]
     found = summary(truths, scores)
     for task, drawn in pairs.items():
         found[task] |= against(task, drawn)
-    return found, [examples[task] for task in scenes_tasks.ORDER if task in examples]
+    return found, [examples[task] for task in scenes_tasks.ORDER if task in examples], each
 
 
 def example(record: Record, values: dict[str, Any], drawn: dict[str, Any], judged: Score) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm3jax import checkpoint, rng
+from cm3jax import checkpoint, rng, stages
 from cm3jax import config as configs
 from cm3jax.data import pictures as files
 from cm3jax.nn import decoder
@@ -58,6 +58,18 @@ def load(run, batch: int = 16, step: int | None = None) -> "Generator":
     model = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
     params = jax.tree.map(jnp.asarray, checkpoint.load_params(run / "decoder", step=step))
     return of(recipe, model, params, text, image, batch)
+
+
+def identity(run, step: int | None = None) -> tuple[int, str]:
+    """Return the step of a decoder's checkpoint (None: the latest), and 16 hex digits that identify what draws with it.
+
+    They are a digest of that checkpoint and of the two tokenizers' files: another result has others.
+    """
+    run = pathlib.Path(run)
+    step = checkpoint.steps(run / "decoder")[-1] if step is None else step
+    paths = (path for part in ("text", "image") for path in (run / part).iterdir() if path.is_file())
+    names = [str(p.relative_to(run)) for p in paths if stages.counts(p.relative_to(run))]
+    return step, configs.digest(checkpoint.identity(run / "decoder", step), stages.fingerprint(run, names))
 
 
 def of(recipe: configs.Recipe, model: decoder.Decoder, params, text, image, batch: int = 16) -> "Generator":
