@@ -35,7 +35,7 @@ import numpy as np
 import retrieval_ablation as ablation
 from tyro.conf import Positional, arg
 
-from cm3jax import checkpoint, cli, flags, png, stages
+from cm3jax import checkpoint, cli, flags, png, provenance, stages
 from cm3jax import config as configs
 from cm3jax.data import pictures as crops
 from cm3jax.data.sets import coco as files
@@ -130,6 +130,8 @@ def draw(settings: Coco, found: Sequence[Prompt], folder: pathlib.Path, generato
     """Draw this host's shards with `count` documents, those that are not whole; return how many it drew."""
     from cm3jax.sample import recall, rerank
 
+    model = cli.artist(cli.folder(settings.run))
+    how = configs.to_json(settings.sampling) | {"candidates": settings.candidates}
     shards = range(0, len(found), settings.shard)
     left = [start for start in shards[settings.part :: settings.parts] if absent(folder, shard(found, settings, start))]
     for start in left:
@@ -140,8 +142,8 @@ def draw(settings: Coco, found: Sequence[Prompt], folder: pathlib.Path, generato
         best = rerank.draw(generator, encoder, captions, *arguments).best()
         for one, number, picture, documents in zip(own, numbers, best, shown, strict=True):
             keys = tuple(document.key for document in documents)
-            how = cli.Remembering(settings.sampling, keys, settings.candidates)
-            put(folder / one.file, picture, png.fields(one.caption, settings.seed, number, how))
+            made = provenance.Made(model, one.caption, settings.seed, number, how, keys)
+            put(folder / one.file, picture, provenance.fields(made))
         print(f"{folder.name}: {start + len(own):,} of {len(found):,}", flush=True)
     return len(left)
 
