@@ -184,7 +184,7 @@ def restore(saver: Saver, step: int, target):
         raise Damaged(_unreadable(path.parent, e)) from e
 
 
-def load_params(folder, prefer_ema: bool = True, step: int | None = None, target=None):
+def load_params(folder, prefer_ema: bool = True, step: int | None = None, target=None, stored: bool = False):
     """Return the weights of a trained stage, on any host and without knowing its optimizer.
 
     Args:
@@ -193,6 +193,7 @@ def load_params(folder, prefer_ema: bool = True, step: int | None = None, target
       step: Which checkpoint; None: the latest.
       target: Tree of `jax.ShapeDtypeStruct` that the weights must match, with shardings or else for this host's first
         device; None: whatever the checkpoint holds, as numpy arrays.
+      stored: Leave each weight in the type that it was saved in, whatever the target's.
 
     Raises:
       UserError: if there is no such checkpoint, or a parameter is missing or has another shape.
@@ -211,6 +212,8 @@ def load_params(folder, prefer_ema: bool = True, step: int | None = None, target
     if target is None:
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), weights)
     _check(weights, target, path)
+    if stored:
+        target = jax.tree.map(lambda x, saved: x.update(dtype=saved.dtype), target, weights)
     try:
         return _at(_read(path, _under(target, where), partial=True), where)
     except Exception as e:

@@ -21,7 +21,7 @@ from tyro.conf import Positional, arg
 
 from cm3jax import config as configs
 from cm3jax import flags, stages
-from cm3jax.config import Recipe, Sampling
+from cm3jax.config import Mesh, Recipe, Sampling
 from cm3jax.types import UserError
 
 MASK = "<mask>"  # sample.generate's, which would load jax
@@ -205,6 +205,8 @@ class Generate:
     """--interleaved: new texts and pictures at most; for a model of Chameleon's form pictures, with text between."""
     max_text: int = 96
     """--interleaved: longest new text, in tokens."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -220,9 +222,9 @@ class Generate:
             stated(prompt)
         count, candidates = documents(self.documents, run, "generate"), positive("candidates", self.candidates)
         from cm3jax import png
-        from cm3jax.sample import generate, recall
+        from cm3jax.sample import recall
 
-        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        generator = loaded(self, run, positive("batch", self.batch))
         memory, encoder = remembered(run, self.batch, count, candidates > 1)
         pictures, found = recall.draw(
             generator, prompts, seeded(self.seed), self.sampling, memory, count, encoder, candidates
@@ -244,9 +246,7 @@ class Generate:
             raise UserError(f"--parts = {self.parts}: must be at least 0")
         seeds = [seeded(self.seed + i) for i in range(count)]
         parts = [png.read(prompt) if looks_like_a_file(prompt) else stated(prompt) for prompt in self.prompts]
-        from cm3jax.sample import generate
-
-        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        generator = loaded(self, run, positive("batch", self.batch))
         for seed in seeds:
             found = generator.continue_document(parts, self.parts, seed, self.sampling, max_text, closed=True)
             name = " ".join(self.prompts) or "document"
@@ -270,6 +270,8 @@ class Caption:
     """Documents of the run's memory bank shown before each picture; -1: as many as the run's evaluation chose."""
     request: str = ""
     """What a model of Chameleon's form is asked of each picture; "": form.request of the run's recipe."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -280,9 +282,9 @@ class Caption:
             raise UserError("caption: needs a picture file behind the run folder")
         pictures = [png.read(path) for path in self.pictures]
         count, max_text = documents(self.documents, run, "caption"), positive("max_text", self.max_text)
-        from cm3jax.sample import generate, recall
+        from cm3jax.sample import recall
 
-        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        generator = loaded(self, run, positive("batch", self.batch))
         if self.request:
             generator = generator.asking(self.request)
         memory, _ = remembered(run, self.batch, count)
@@ -318,6 +320,8 @@ class Infill:
     """Folder for the pictures; "": RUN/infilled."""
     max_text: int = 96
     """Longest answer for <mask>, in tokens."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -332,7 +336,7 @@ class Infill:
         pictures, texts = [png.read(self.picture)] * rows, [self.text] * rows
         from cm3jax.sample import generate
 
-        generator = generate.load(run, step=chosen_checkpoint(run))
+        generator = loaded(self, run)
         if not self.box:
             unset = self.sampling == chosen(run, "infill") and rows == 1
             sampling = generate.GREEDY if unset else self.sampling
@@ -367,6 +371,8 @@ class Edit:
     seed: int = 0
     out: str = ""
     """Folder for the pictures; "": RUN/edited."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -401,6 +407,8 @@ class DrawFrom:
     seed: int = 0
     out: str = ""
     """Folder for the pictures; "": RUN/drawn."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -420,9 +428,9 @@ def draw_task(verb: Edit | DrawFrom, task: str, values: dict, title: str, into: 
 
     run, rows = folder(verb.run), [values] * positive("count", verb.count)
     seed = seeded(verb.seed)
-    from cm3jax.sample import generate, tasks
+    from cm3jax.sample import tasks
 
-    generator = generate.load(run, step=chosen_checkpoint(run))
+    generator = loaded(verb, run)
     (field,) = tasks.table.find(task).answer
     for i, found in enumerate(tasks.answer(generator, task, rows, seed, verb.sampling)):
         print(png.write(verb.out or run / into, found[field], title, verb.seed, i, verb))
@@ -452,6 +460,8 @@ class Ask:
     seed: int = 0
     max_text: int = 96
     """Longest answer, in tokens."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -480,6 +490,8 @@ class Describe:
     seed: int = 0
     max_text: int = 192
     """Longest description, in tokens."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -491,9 +503,9 @@ class Describe:
 def write_task(verb: Ask | Describe, task: str, values: dict) -> str:
     """Return the fields of one answer, a line each."""
     run, seed, max_text = folder(verb.run), seeded(verb.seed), positive("max_text", verb.max_text)
-    from cm3jax.sample import generate, tasks
+    from cm3jax.sample import tasks
 
-    generator = generate.load(run, step=chosen_checkpoint(run))
+    generator = loaded(verb, run)
     (found,) = tasks.answer(generator, task, [values], seed, verb.sampling, max_text)
     return "\n".join(found.values())
 
@@ -505,6 +517,14 @@ class Remembering:
     sampling: Sampling
     documents: tuple[str, ...]
     candidates: int
+
+
+def loaded(verb, run: pathlib.Path, batch: int = 16):
+    """Return the generator of a verb's run, with the checkpoint that its evaluation chose."""
+    from cm3jax.sample import generate
+
+    mesh = None if verb.mesh == Mesh() else verb.mesh
+    return generate.load(run, batch, chosen_checkpoint(run), mesh)
 
 
 def documents(given: int, run: pathlib.Path, verb: str) -> int:

@@ -1,8 +1,9 @@
 """Prefill and the decode loop: prompts in, drawn ids out, compiled once per shape.
 
-The streams of guidance (conditional, unconditional, ...) are rows of one batch of n * b: they share the weights' one
-trip through memory, which is what decoding costs. The loop is one `lax.while_loop` over a static cache, so that
-captions stop when the last of them has ended; a batch of pictures runs through all its steps like a scan.
+The streams of guidance (conditional, unconditional, ...) are rows of one batch of b * n: they share the weights' one
+trip through memory, which is what decoding costs; on a mesh a row's streams lie on one device. The loop is one
+`lax.while_loop` over a static cache, so that captions stop when the last of them has ended; a batch of pictures runs
+through all its steps like a scan.
 """
 
 import functools
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from cm3jax import config as configs
+from cm3jax import sharding
 from cm3jax import vocab as vocabulary
 from cm3jax.nn import decoder
 from cm3jax.objectives import places
@@ -163,13 +165,14 @@ def decode(
         (up to the rounding of matrix products of other shapes).
     """
     n, b, t = prompts.ids.shape
-    ids, place = prompts.ids.reshape(n * b, t), prompts.positions.reshape(n * b, t)
-    cache = _prefill(model, params, ids[:, :-1], place[:, :-1], prompts.lengths.reshape(-1), t - 1 + steps)
+    flat = lambda x: x.swapaxes(0, 1).reshape(b * n, *x.shape[2:])  # noqa: E731
+    ids, place = flat(prompts.ids), flat(prompts.positions)
+    cache = _prefill(model, params, ids[:, :-1], place[:, :-1], flat(prompts.lengths), t - 1 + steps)
 
     def body(carry):
         i, last, place, following, state, cache, drawn = carry
         logits, cache = _score(model, rules, params, last, place, cache, t - 1 + i)
-        logits = logits.reshape(n, b, -1)
+        logits = logits.reshape(b, n, -1).swapaxes(0, 1)
         ids, logprobs = _draw(rules, kind, logits, state, settings, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
         held, done = jax.lax.dynamic_index_in_dim(forced, i, 1, keepdims=False), state.mode == grammar.DONE
         ids = jnp.where(done, vocabulary.PAD, jnp.where(held >= 0, held, ids))
@@ -179,15 +182,15 @@ def decode(
             drawn.lengths + ~done,
             jax.lax.dynamic_update_slice(drawn.logprobs, logprobs[:, None], (0, i)),
         )
-        ids = jnp.tile(ids, n)
-        place, following = _advance(ids, following, prompts.first, rules.vocab)
-        return i + 1, ids, place, following, grammar.step(rules, state, ids[:b]), cache, drawn
+        state, last = grammar.step(rules, state, ids), jnp.repeat(ids, n)
+        place, following = _advance(last, following, prompts.first, rules.vocab)
+        return i + 1, last, place, following, state, cache, drawn
 
     def unfinished(carry):
         return (carry[0] < steps) & jnp.any(carry[4].mode != grammar.DONE)
 
     empty = Drawn(jnp.full((b, steps), vocabulary.PAD), jnp.zeros(b, jnp.int32), jnp.zeros((b, steps)))
-    begin = (0, ids[:, -1], place[:, -1], prompts.following.reshape(n * b, 2), state, cache, empty)
+    begin = (0, ids[:, -1], place[:, -1], flat(prompts.following), state, cache, empty)
     return jax.lax.while_loop(unfinished, body, begin)[-1]
 
 
@@ -212,7 +215,8 @@ def _score(model, rules, params, ids: Int[Array, " b"], positions: Int[Array, " 
     """Return float32 logits [b, last - first] of what follows `ids`, and the cache with them."""
     one = jnp.ones_like(ids)[:, None]
     hidden, cache = model.apply({"params": params}, ids[:, None], positions[:, None], one, cache=cache, index=index)
-    return decoder.logits(params, model.config, hidden[:, 0])[:, rules.first : rules.last], cache
+    logits = decoder.logits(params, model.config, hidden[:, 0])[:, rules.first : rules.last]
+    return sharding.constrain(logits, "batch", None), cache
 
 
 def _draw(rules, kind: Kind, logits: Float[Array, "n b v"], state, settings: Settings, keys):
