@@ -212,7 +212,7 @@ def drawing(net: decoder.Decoder, params, vocab: vocabulary.Vocab, codes: int, b
     """Return what draws a batch of pictures with Chameleon's own setting after prompts of random text, [b, codes]."""
     rng, rows = np.random.default_rng(0), np.arange(batch)
     sampling = dataclasses.replace(
-        configs.PLAIN["chameleon"], image_guidance=-1.0
+        configs.PLAIN["chameleon"], image_guidance=-1.0, repetition_penalty=1.0
     )  # a prompt without pictures has two streams
     prompts = list(rng.integers(vocab.text_start, vocab.image_start, (batch, PROMPT)))
     empty = [prompt[[0, -1]] for prompt in prompts]

@@ -1085,7 +1085,7 @@ def chosen(run: pathlib.Path, verb: str) -> Sampling:
     """Return the setting that the run's evaluation chose for what a verb does; the plain one before an evaluation."""
     recipe = run / "recipe.json"
     form = configs.load(recipe).form.kind if recipe.is_file() else "cm3leon"
-    plain = Sampling(temperature=0.0) if SAMPLED[verb] == "image_to_text" else configs.PLAIN[form]
+    plain = (configs.PLAIN_TEXT if SAMPLED[verb] == "image_to_text" else configs.PLAIN)[form]
     return reported(
         run,
         lambda report: configs.from_json(

@@ -226,6 +226,9 @@ def _chameleon(found: sources.Source, name: str, resolution: int) -> Plan:
             mask=config.Mask(spans=0.0) if talks else config.Mask(),
             z_loss=1e-5,  # arXiv 2405.09818 §2.4
         ),
+        evaluate=config.Evaluate(draw=(config.PLAIN[form.kind],), write=config.PLAIN_TEXT[form.kind])
+        if talks
+        else config.Evaluate(),
     )
     return Plan(vqgan.with_settings(recipe, pictures), params, order, pictures)
 

@@ -338,6 +338,7 @@ class Generator:
         steps = -(-max(counts, default=1) // quarter) * quarter  # at most four programs, whatever the regions
         state = grammar.start([grammar.CODES] * len(prompts), left=np.array(counts))
         rules = grammar.pictures(self.vocab, self.text.size, self.codes)
+        sampling = dataclasses.replace(sampling, repetition_penalty=1.0)  # which is of words
         drawn = self._draw(rules, prompts, state, steps, seed, sampling, numbers, name)
         return [(ids.astype(np.int64) - self.vocab.image_start).astype(np.uint16) for ids in drawn]
 
