@@ -20,6 +20,7 @@ Everything is written to OUT.partial, which becomes OUT when it is whole.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -385,8 +386,7 @@ def _hugging_face(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, s
     pictures = image.load(run / "image")
     network = vqgan.Network(pictures.config, pictures.codes, pictures.resolution, prefix=chameleon.IMAGE)
     about |= {"vq_config": vqgan.vq_config(network)}
-    params = checkpoint.load_params(run / "decoder", step=step)
-    tensors = {name: mapped.held(x) for name, x in chameleon.tensors(params, model, order, _kind(dtype))}
+    tensors = chameleon.tensors(_weights(run, step), model, order, _kind(dtype))
     of_pictures = _kind(dtype or origin.get("image", {}).get("dtype", ""))
     tensors |= {name: mapped.held(x) for name, x in vqgan.tensors(pictures.params, network, of_pictures)}
     if not dtype and origin.get("config", {}).get("dtype", origin.get("config", {}).get("torch_dtype")):
@@ -430,11 +430,23 @@ def _safetensors(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, st
     """Write all parts of a run that are weights or tokenizers."""
     files = copied(run, out)
     if (run / "decoder").is_dir():
-        params = checkpoint.load_params(run / "decoder", step=step)
-        tensors = plain.tensors(params, recipe, _kind(dtype))
+        tensors = plain.tensors(_weights(run, step), recipe, _kind(dtype))
         files += [path.name for path in safetensor_files.save(out, tensors, {"format": "np"})]
     stages.write_text(out / sources.CONFIG, json.dumps(plain.settings(recipe), indent=1) + "\n")
     return [*files, sources.CONFIG]
+
+
+def _weights(run: pathlib.Path, step: int | None) -> dict[str, mapped.Tensor]:
+    """Return the arrays of a run's decoder by path; the one that was read last stays in memory, and no other."""
+    found, last = checkpoint.open_params(run / "decoder", step=step), {}
+
+    def read(path: str) -> np.ndarray:
+        if path not in last:
+            last.clear()
+            last[path] = found[path].read()
+        return last[path]
+
+    return {p: mapped.Tensor(x.shape, x.dtype, functools.partial(read, p)) for p, x in found.items()}
 
 
 def imported(run: pathlib.Path) -> dict[str, Any]:
