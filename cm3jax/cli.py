@@ -856,8 +856,10 @@ class Export:
     out: Positional[Annotated[str, arg(metavar="OUT")]]
     """Folder to write; must not be there."""
     to: Literal["hf", "safetensors"] = "safetensors"
-    """hf: Hugging Face's layout of Chameleon, for decoders of that form; safetensors: every part of any run, named as
-    cm3jax/interop/plain.py says, which import reads again."""
+    """hf: Hugging Face's layout of Chameleon, for decoders of that form, or of CLIP, for a retriever; safetensors: all
+    parts of any run, named as cm3jax/interop/plain.py says, which import reads again."""
+    part: Literal["", "decoder", "retriever"] = ""
+    """--to hf: which of them; "": the decoder, or of a run without one the retriever."""
     step: int = -1
     """Checkpoint of the decoder; -1: the one that the run's evaluation chose, else the latest."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -868,7 +870,7 @@ class Export:
 
         run = folder(self.run)
         step = chosen_checkpoint(run) if self.step < 0 else self.step
-        foreign.send(run, self.out, self.to, step, self.dtype)
+        foreign.send(run, self.out, self.to, step, self.dtype, self.part)
 
 
 @dataclasses.dataclass(frozen=True)

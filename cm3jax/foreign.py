@@ -349,12 +349,16 @@ def record(run: pathlib.Path, name: str, settings: dict[str, Any], origin: str) 
 # ----------------------------------------------------------------------------------------------------------------- out
 
 
-def send(run: pathlib.Path, out: str, to: str, step: int | None = None, dtype: str = "", say=print) -> pathlib.Path:
+def send(
+    run: pathlib.Path, out: str, to: str, step: int | None = None, dtype: str = "", part: str = "", say=print
+) -> pathlib.Path:
     """Write a run's weights for others; return the folder.
 
     Args:
-      to: "hf": Chameleon as Hugging Face publishes it, which transformers loads; "safetensors": see `interop.plain`.
+      to: "hf": Chameleon or CLIP as Hugging Face publishes it, which transformers loads; "safetensors": see
+        `interop.plain`.
       step: Checkpoint of the decoder; None: the latest.
+      part: Of "hf": "decoder" or "retriever"; "": the decoder, or of a run without one the retriever.
       dtype: Of the weights; "": as they are stored.
 
     Raises:
@@ -363,10 +367,16 @@ def send(run: pathlib.Path, out: str, to: str, step: int | None = None, dtype: s
     folder = pathlib.Path(out)
     fresh(folder)
     recipe = config.load(run / "recipe.json")
-    if to == "hf" and not (run / "decoder").is_dir():
-        raise UserError(f"{run}: has no decoder/, and --to hf writes language models; take --to safetensors")
+    if part and to != "hf":
+        raise UserError(f"--part {part}: --to {to} writes all parts; leave it out, or take --to hf")
+    part = part or ("retriever" if (run / "retriever").is_dir() and not (run / "decoder").is_dir() else "decoder")
+    if to == "hf" and not (run / part).is_dir():
+        raise UserError(f"{run}: has no {part}/, and --to hf writes a decoder or a retriever; take --to safetensors")
     with whole(folder) as partial:
-        files = (_hugging_face if to == "hf" else _safetensors)(run, recipe, partial, step, dtype)
+        if to == "hf" and part == "retriever":
+            files = _clip(run, partial, dtype)
+        else:
+            files = (_hugging_face if to == "hf" else _safetensors)(run, recipe, partial, step, dtype)
     say(f"{folder}: {', '.join(files)}")
     return folder
 
@@ -399,6 +409,23 @@ def _hugging_face(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, s
     }.items():
         stages.write_text(out / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return sorted([path.name for path in files] + ["config.json", "tokenizer.json"])
+
+
+def _clip(run: pathlib.Path, out: pathlib.Path, dtype: str) -> list[str]:
+    """Write a folder that transformers' CLIPModel loads, with the files of the tokenizer as they are."""
+    made, kind = encoder.load(run / "retriever"), _kind(dtype)
+    tensors = {n: mapped.held(x.astype(kind or x.dtype)) for n, x in weights.tensors(made.config, made.params).items()}
+    files = safetensor_files.save(out, tensors, {"format": "pt"}, most=sum(t.size for t in tensors.values()))
+    rows = len(made.params["text"]["table"])
+    about = weights.settings(made.config, rows, made.tokenizer.begin, made.tokenizer.end)
+    for name, content in {
+        weights.CONFIG: about,
+        "preprocessor_config.json": weights.preprocessing(made.config),
+    }.items():
+        stages.write_text(out / name, json.dumps(content, indent=1) + "\n")
+    for file in made.tokenizer.files:
+        shutil.copyfile(file, out / file.name)
+    return sorted([path.name for path in files] + [weights.CONFIG, *(file.name for file in made.tokenizer.files)])
 
 
 def _with_image(words: dict[str, Any]) -> dict[str, Any]:
