@@ -1,12 +1,17 @@
 """Several devices draw and write as one does: the model split over heads and width, the rows over the rest."""
 
+import dataclasses
+
+import chameleons
+import checkpoints
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import talking_run
 
 from cm3jax import config as configs
-from cm3jax import sharding
+from cm3jax import foreign, sharding
 from cm3jax.nn import decoder
 from cm3jax.sample import decode, generate, grammar
 from cm3jax.tokenizers import turns
@@ -89,3 +94,22 @@ def test_a_mesh_of_more_devices_than_are_here_gives_way_to_what_is_here_unless_a
     assert dict(generate._mesh(of(2, 16, 2), None).shape) == {"replica": 1, "fsdp": 8, "tensor": 1}
     with pytest.raises(UserError, match="does not fit 8 devices"):
         generate._mesh(of(1, 1, 1), configs.Mesh(1, 16, 1))
+
+
+@pytest.mark.slow
+def test_an_import_of_half_precision_is_split_as_it_lies_in_its_file(tmp_path):
+    about = checkpoints.settings(dtype="bfloat16", num_key_value_heads=2)
+    checkpoints.hugging_face(tmp_path / "hf", about, chameleons.random_tensors(about, ml_dtypes.bfloat16))
+    imported = foreign.bring(str(tmp_path / "hf"), str(tmp_path / "run"), say=lambda line: None)
+    one, several = (split(imported, shape) for shape in ((1, 1, 1), (2, 2, 2)))
+    assert {x.dtype for x in jax.tree.leaves(several.params)} == {np.dtype(ml_dtypes.bfloat16)}
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(several.params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, one.params, several.params))
+    wide = [dataclasses.replace(g, model=g.model.clone(config=precise(g.model.config))) for g in (one, several)]
+    pictures = [g.text_to_image(["a cat", "cat"], 1, GUIDED) for g in wide]
+    assert np.array_equal(*pictures) and (pictures[0][0] != pictures[0][1]).any()
+
+
+def precise(model):
+    """Computed in float32, where the order of sums does not turn a draw."""
+    return dataclasses.replace(model, dtype="float32")
