@@ -20,7 +20,7 @@ import numpy as np
 from cm3jax import bench, sharding, trees
 from cm3jax import config as configs
 from cm3jax import vocab as vocabulary
-from cm3jax.interop import chameleon, chameleon_vocab
+from cm3jax.interop import chameleon, chameleon_vocab, mapped
 from cm3jax.nn import decoder, flops
 from cm3jax.sample import decode, grammar
 from cm3jax.types import UserError
@@ -108,7 +108,7 @@ def in_transformers(model: configs.Decoder, params, vocab: vocabulary.Vocab, ids
     found = transformers.ChameleonForConditionalGeneration(
         transformers.ChameleonConfig(**about, vq_config=pictures)
     ).eval()
-    state = {name: torch.tensor(np.asarray(x)) for name, x in chameleon.tensors(params, model, order)}
+    state = {name: torch.tensor(x.read()) for name, x in chameleon.tensors(mapped.named(params), model, order).items()}
     found.load_state_dict(state, strict=False)
     prompts, seen = torch.tensor(ids), torch.ones(ids.shape, dtype=torch.long)
     how = {"max_new_tokens": steps, "do_sample": False, "use_cache": True, "eos_token_id": None, "pad_token_id": 0}
@@ -212,7 +212,7 @@ def drawing(net: decoder.Decoder, params, vocab: vocabulary.Vocab, codes: int, b
     """Return what draws a batch of pictures with Chameleon's own setting after prompts of random text, [b, codes]."""
     rng, rows = np.random.default_rng(0), np.arange(batch)
     sampling = dataclasses.replace(
-        configs.PLAIN["chameleon"], image_guidance=-1.0
+        configs.PLAIN["chameleon"], image_guidance=-1.0, repetition_penalty=1.0
     )  # a prompt without pictures has two streams
     prompts = list(rng.integers(vocab.text_start, vocab.image_start, (batch, PROMPT)))
     empty = [prompt[[0, -1]] for prompt in prompts]

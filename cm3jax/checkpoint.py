@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import jax
@@ -190,7 +190,7 @@ def restore(saver: Saver, step: int, target):
         raise Damaged(_unreadable(path.parent, e)) from e
 
 
-def load_params(folder, prefer_ema: bool = True, step: int | None = None, target=None):
+def load_params(folder, prefer_ema: bool = True, step: int | None = None, target=None, stored: bool = False):
     """Return the weights of a trained stage, on any host and without knowing its optimizer.
 
     Args:
@@ -199,11 +199,47 @@ def load_params(folder, prefer_ema: bool = True, step: int | None = None, target
       step: Which checkpoint; None: the latest.
       target: Tree of `jax.ShapeDtypeStruct` that the weights must match, with shardings or else for this host's first
         device; None: whatever the checkpoint holds, as numpy arrays.
+      stored: Leave each weight in the type that it was saved in, whatever the target's.
 
     Raises:
       UserError: if there is no such checkpoint, or a parameter is missing or has another shape.
       Damaged: if a file is not the one that was saved.
     """
+    path, where, weights = _weights(folder, prefer_ema, step)
+    if target is None:
+        target = jax.tree.map(_plain, weights)
+    _check(weights, target, path)
+    if stored:
+        target = jax.tree.map(lambda x, saved: x.update(dtype=saved.dtype), target, weights)
+    return _part(path, where, target)
+
+
+class Stored(NamedTuple):
+    """An array in a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def open_params(folder, prefer_ema: bool = True, step: int | None = None) -> dict[str, Stored]:
+    """Return the weights that `load_params` gives, by path, "a/b/c": each is read when it is asked for, and not kept.
+
+    Raises:
+      UserError, Damaged: as `load_params`; all files are checked at once.
+    """
+    path, where, weights = _weights(folder, prefer_ema, step)
+
+    def one(name: str, leaf) -> Stored:
+        place = tuple(name.split("/"))
+        read = lambda: _at(_part(path, where, _under(_plain(leaf), place)), place)  # noqa: E731
+        return Stored(tuple(leaf.shape), np.dtype(leaf.dtype), read)
+
+    return {name: one(name, leaf) for name, leaf in trees.named_leaves(weights).items()}
+
+
+def _weights(folder, prefer_ema: bool, step: int | None) -> tuple[pathlib.Path, tuple[str, ...], Any]:
+    """Return the folder of a checkpoint's state, where in it the weights are, and their shapes and types."""
     found = steps(folder)
     if not found or (step is not None and step not in found):
         which = f"step {step}, only {found}" if found else "checkpoint"
@@ -213,10 +249,16 @@ def load_params(folder, prefer_ema: bool = True, step: int | None = None, target
         raise Damaged(_damaged(path.parent, fault))
     saved = _saved(path)
     where = ("extra", "ema") if prefer_ema and "ema" in (saved.get("extra") or {}) else ("params",)
-    weights = _at(saved, where)
-    if target is None:
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), weights)
-    _check(weights, target, path)
+    return path, where, _at(saved, where)
+
+
+def _plain(leaf) -> np.ndarray:
+    """Return what stands for a numpy array of this shape and type, without its memory."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _part(path: pathlib.Path, where: tuple[str, ...], target):
+    """Return what lies at a place of a checkpoint's state, as `target` has it."""
     try:
         return _at(_read(path, _under(target, where), partial=True), where)
     except Exception as e:

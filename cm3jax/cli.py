@@ -21,7 +21,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from cm3jax import config as configs
 from cm3jax import flags, stages
-from cm3jax.config import Recipe, Sampling
+from cm3jax.config import Mesh, Recipe, Sampling
 from cm3jax.types import UserError
 
 MASK = "<mask>"  # sample.generate's, which would load jax
@@ -212,6 +212,8 @@ class Generate:
     """--interleaved: new texts and pictures at most; for a model of Chameleon's form pictures, with text between."""
     max_text: int = 96
     """--interleaved: longest new text, in tokens."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -227,9 +229,9 @@ class Generate:
             stated(prompt)
         count, candidates = documents(self.documents, run, "generate"), positive("candidates", self.candidates)
         from cm3jax import png, provenance
-        from cm3jax.sample import generate, recall
+        from cm3jax.sample import recall
 
-        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        generator = loaded(self, run, positive("batch", self.batch))
         memory, encoder = remembered(run, self.batch, count, candidates > 1)
         pictures, found = recall.draw(
             generator, prompts, seeded(self.seed), self.sampling, memory, count, encoder, candidates
@@ -256,9 +258,7 @@ class Generate:
         words = [pathlib.Path(prompt).name if prompt in files else prompt for prompt in self.prompts]
         given = {"pictures": [provenance.hashed(path) for path in files], "parts": self.parts, "max_text": max_text}
         settings = configs.to_json(self.sampling) | given
-        from cm3jax.sample import generate
-
-        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        generator = loaded(self, run, positive("batch", self.batch))
         model = artist(run)
         for seed in seeds:
             found = generator.continue_document(parts, self.parts, seed, self.sampling, max_text, closed=True)
@@ -283,6 +283,8 @@ class Caption:
     """Documents of the run's memory bank shown before each picture; -1: as many as the run's evaluation chose."""
     request: str = ""
     """What a model of Chameleon's form is asked of each picture; "": form.request of the run's recipe."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -293,9 +295,9 @@ class Caption:
             raise UserError("caption: needs a picture file behind the run folder")
         pictures = [png.read(path) for path in self.pictures]
         count, max_text = documents(self.documents, run, "caption"), positive("max_text", self.max_text)
-        from cm3jax.sample import generate, recall
+        from cm3jax.sample import recall
 
-        generator = generate.load(run, positive("batch", self.batch), chosen_checkpoint(run))
+        generator = loaded(self, run, positive("batch", self.batch))
         if self.request:
             generator = generator.asking(self.request)
         memory, _ = remembered(run, self.batch, count)
@@ -331,6 +333,8 @@ class Infill:
     """Folder for the pictures; "": RUN/infilled."""
     max_text: int = 96
     """Longest answer for <mask>, in tokens."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -345,7 +349,7 @@ class Infill:
         pictures, texts = [png.read(self.picture)] * rows, [self.text] * rows
         from cm3jax.sample import generate
 
-        generator = generate.load(run, step=chosen_checkpoint(run))
+        generator = loaded(self, run)
         if not self.box:
             unset = self.sampling == chosen(run, "infill") and rows == 1
             sampling = generate.GREEDY if unset else self.sampling
@@ -388,6 +392,8 @@ class Edit:
     """Folder for the pictures; "": RUN/edited."""
     example: Examples = ()
     """PICTURE INSTRUCTION EDITED: an edit to go by, shown before this one; may be given several times."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -425,6 +431,8 @@ class DrawFrom:
     """Folder for the pictures; "": RUN/drawn."""
     example: Examples = ()
     """FEATURE_IMAGE CAPTION PICTURE: a drawing to go by, shown before this one; may be given several times."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -461,9 +469,9 @@ def draw_task(
 
     run, rows = folder(verb.run), [values] * positive("count", verb.count)
     seed = seeded(verb.seed)
-    from cm3jax.sample import generate, tasks
+    from cm3jax.sample import tasks
 
-    generator = generate.load(run, step=chosen_checkpoint(run))
+    generator = loaded(verb, run)
     (field,) = tasks.table.find(task).answer
     seen = [[provenance.hashed(x) if pathlib.Path(x).is_file() else x for x in words] for words in verb.example]
     given = {"task": task, "picture": provenance.hashed(verb.picture), "example": seen, **more}
@@ -518,6 +526,8 @@ class Ask:
     example: Examples = ()
     """PICTURE QUESTION ANSWER: one to go by, shown before this one; may be given several times. With --options it is
     PICTURE QUESTION OPTIONS ANSWER, with --reason PICTURE QUESTION OPTIONS EXPLANATION ANSWER."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -550,6 +560,8 @@ class Describe:
     """Longest description, in tokens."""
     example: Examples = ()
     """PICTURE DESCRIPTION: one to go by, shown before this one; may be given several times."""
+    mesh: Mesh = Mesh()
+    """How the devices share the model; as it stands here: as in the recipe's training."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -562,9 +574,9 @@ class Describe:
 def write_task(verb: Ask | Describe, task: str, values: dict, examples: list) -> str:
     """Return the fields of one answer, a line each."""
     run, seed, max_text = folder(verb.run), seeded(verb.seed), positive("max_text", verb.max_text)
-    from cm3jax.sample import generate, tasks
+    from cm3jax.sample import tasks
 
-    generator = generate.load(run, step=chosen_checkpoint(run))
+    generator = loaded(verb, run)
     (found,) = tasks.answer(generator, task, [values], seed, verb.sampling, max_text, examples=examples)
     return "\n".join(found.values())
 
@@ -575,6 +587,14 @@ def artist(run: pathlib.Path):
     from cm3jax.sample import generate
 
     return provenance.Model(run_recipe(str(run)).name, *generate.identity(run, chosen_checkpoint(run)))
+
+
+def loaded(verb, run: pathlib.Path, batch: int = 16):
+    """Return the generator of a verb's run, with the checkpoint that its evaluation chose."""
+    from cm3jax.sample import generate
+
+    mesh = None if verb.mesh == Mesh() else verb.mesh
+    return generate.load(run, batch, chosen_checkpoint(run), mesh)
 
 
 def documents(given: int, run: pathlib.Path, verb: str) -> int:
@@ -1014,8 +1034,10 @@ class Export:
     out: Positional[Annotated[str, arg(metavar="OUT")]]
     """Folder to write; must not be there."""
     to: Literal["hf", "safetensors"] = "safetensors"
-    """hf: Hugging Face's layout of Chameleon, for decoders of that form; safetensors: every part of any run, named as
-    cm3jax/interop/plain.py says, which import reads again."""
+    """hf: Hugging Face's layout of Chameleon, for decoders of that form, or of CLIP, for a retriever; safetensors: all
+    parts of any run, named as cm3jax/interop/plain.py says, which import reads again."""
+    part: Literal["", "decoder", "retriever"] = ""
+    """--to hf: which of them; "": the decoder, or of a run without one the retriever."""
     step: int = -1
     """Checkpoint of the decoder; -1: the one that the run's evaluation chose, else the latest."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -1026,7 +1048,7 @@ class Export:
 
         run = folder(self.run)
         step = chosen_checkpoint(run) if self.step < 0 else self.step
-        foreign.send(run, self.out, self.to, step, self.dtype)
+        foreign.send(run, self.out, self.to, step, self.dtype, self.part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1246,7 +1268,7 @@ def chosen(run: pathlib.Path, verb: str) -> Sampling:
     """Return the setting that the run's evaluation chose for what a verb does; the plain one before an evaluation."""
     recipe = run / "recipe.json"
     form = configs.load(recipe).form.kind if recipe.is_file() else "cm3leon"
-    plain = Sampling(temperature=0.0) if SAMPLED[verb] == "image_to_text" else configs.PLAIN[form]
+    plain = (configs.PLAIN_TEXT if SAMPLED[verb] == "image_to_text" else configs.PLAIN)[form]
     return reported(
         run,
         lambda report: configs.from_json(

@@ -701,6 +701,9 @@ class Sampling:
     """1 is plain contrastive decoding. The paper states no value."""
     uncond_temperature: float = 1.0
     """CD-K: temperature of the unconditional stream (public code: 0.5, beside a temperature of 0.8)."""
+    repetition_penalty: float = later(1.0)
+    """Ids that the row has already, its prompt included, have their logits divided by this where they are above 0,
+    else multiplied (arXiv 1909.05858 §4.1); 1 is off. Codes of pictures are free to repeat. Needs method top_p."""
 
     def __post_init__(self):
         for name, good, limit in (
@@ -712,21 +715,30 @@ class Sampling:
             ("cd_alpha", 0 < self.cd_alpha <= 1, "must be above 0 and at most 1"),
             ("cd_k", self.cd_k >= 1, "must be 1 or more"),
             ("uncond_temperature", self.uncond_temperature > 0, "must be above 0"),
+            ("repetition_penalty", self.repetition_penalty > 0, "must be above 0 (1 is off)"),
         ):
             if not (good and math.isfinite(getattr(self, name))):
                 raise ValueError(f"sampling.{name} = {getattr(self, name)}: {limit}")
-        if self.image_guidance != -1 and self.method != "top_p":
-            raise ValueError(
-                f"sampling.image_guidance = {self.image_guidance}: needs method top_p, and it is {self.method}; set it"
-                " to -1"
-            )
+        for name, off in (("image_guidance", -1), ("repetition_penalty", 1)):
+            if getattr(self, name) != off and self.method != "top_p":
+                raise ValueError(
+                    f"sampling.{name} = {getattr(self, name)}: needs method top_p, and it is {self.method}; set it to"
+                    f" {off}"
+                )
 
 
 PLAIN = {
     "cm3leon": Sampling(),
-    "chameleon": Sampling(temperature=0.7, top_p=0.9, guidance=3.0, image_guidance=1.2),
+    "chameleon": Sampling(temperature=0.7, top_p=0.9, guidance=3.0, image_guidance=1.2, repetition_penalty=1.2),
 }
-"""Form of documents -> how pictures are drawn where no evaluation has chosen; Chameleon's is its own code's default."""
+"""Form of documents -> how pictures, and pages of text and pictures, are drawn where no evaluation has chosen.
+Chameleon's are the defaults of its released code (facebookresearch/chameleon, inference/chameleon.py: Options)."""
+
+PLAIN_TEXT = {
+    "cm3leon": Sampling(temperature=0.0),
+    "chameleon": Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2),
+}
+"""The same, of captions and answers."""
 
 
 @dataclasses.dataclass(frozen=True)

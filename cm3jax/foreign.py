@@ -20,6 +20,7 @@ Everything is written to OUT.partial, which becomes OUT when it is whole.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -226,6 +227,9 @@ def _chameleon(found: sources.Source, name: str, resolution: int) -> Plan:
             mask=config.Mask(spans=0.0) if talks else config.Mask(),
             z_loss=1e-5,  # arXiv 2405.09818 §2.4
         ),
+        evaluate=config.Evaluate(draw=(config.PLAIN[form.kind],), write=config.PLAIN_TEXT[form.kind])
+        if talks
+        else config.Evaluate(),
     )
     return Plan(vqgan.with_settings(recipe, pictures), params, order, pictures)
 
@@ -345,12 +349,16 @@ def record(run: pathlib.Path, name: str, settings: dict[str, Any], origin: str) 
 # ----------------------------------------------------------------------------------------------------------------- out
 
 
-def send(run: pathlib.Path, out: str, to: str, step: int | None = None, dtype: str = "", say=print) -> pathlib.Path:
+def send(
+    run: pathlib.Path, out: str, to: str, step: int | None = None, dtype: str = "", part: str = "", say=print
+) -> pathlib.Path:
     """Write a run's weights for others; return the folder.
 
     Args:
-      to: "hf": Chameleon as Hugging Face publishes it, which transformers loads; "safetensors": see `interop.plain`.
+      to: "hf": Chameleon or CLIP as Hugging Face publishes it, which transformers loads; "safetensors": see
+        `interop.plain`.
       step: Checkpoint of the decoder; None: the latest.
+      part: Of "hf": "decoder" or "retriever"; "": the decoder, or of a run without one the retriever.
       dtype: Of the weights; "": as they are stored.
 
     Raises:
@@ -359,10 +367,16 @@ def send(run: pathlib.Path, out: str, to: str, step: int | None = None, dtype: s
     folder = pathlib.Path(out)
     fresh(folder)
     recipe = config.load(run / "recipe.json")
-    if to == "hf" and not (run / "decoder").is_dir():
-        raise UserError(f"{run}: has no decoder/, and --to hf writes language models; take --to safetensors")
+    if part and to != "hf":
+        raise UserError(f"--part {part}: --to {to} writes all parts; leave it out, or take --to hf")
+    part = part or ("retriever" if (run / "retriever").is_dir() and not (run / "decoder").is_dir() else "decoder")
+    if to == "hf" and not (run / part).is_dir():
+        raise UserError(f"{run}: has no {part}/, and --to hf writes a decoder or a retriever; take --to safetensors")
     with whole(folder) as partial:
-        files = (_hugging_face if to == "hf" else _safetensors)(run, recipe, partial, step, dtype)
+        if to == "hf" and part == "retriever":
+            files = _clip(run, partial, dtype)
+        else:
+            files = (_hugging_face if to == "hf" else _safetensors)(run, recipe, partial, step, dtype)
     say(f"{folder}: {', '.join(files)}")
     return folder
 
@@ -382,8 +396,7 @@ def _hugging_face(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, s
     pictures = image.load(run / "image")
     network = vqgan.Network(pictures.config, pictures.codes, pictures.resolution, prefix=chameleon.IMAGE)
     about |= {"vq_config": vqgan.vq_config(network)}
-    params = checkpoint.load_params(run / "decoder", step=step)
-    tensors = {name: mapped.held(x) for name, x in chameleon.tensors(params, model, order, _kind(dtype))}
+    tensors = chameleon.tensors(_weights(run, step), model, order, _kind(dtype))
     of_pictures = _kind(dtype or origin.get("image", {}).get("dtype", ""))
     tensors |= {name: mapped.held(x) for name, x in vqgan.tensors(pictures.params, network, of_pictures)}
     if not dtype and origin.get("config", {}).get("dtype", origin.get("config", {}).get("torch_dtype")):
@@ -396,6 +409,23 @@ def _hugging_face(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, s
     }.items():
         stages.write_text(out / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return sorted([path.name for path in files] + ["config.json", "tokenizer.json"])
+
+
+def _clip(run: pathlib.Path, out: pathlib.Path, dtype: str) -> list[str]:
+    """Write a folder that transformers' CLIPModel loads, with the files of the tokenizer as they are."""
+    made, kind = encoder.load(run / "retriever"), _kind(dtype)
+    tensors = {n: mapped.held(x.astype(kind or x.dtype)) for n, x in weights.tensors(made.config, made.params).items()}
+    files = safetensor_files.save(out, tensors, {"format": "pt"}, most=sum(t.size for t in tensors.values()))
+    rows = len(made.params["text"]["table"])
+    about = weights.settings(made.config, rows, made.tokenizer.begin, made.tokenizer.end)
+    for name, content in {
+        weights.CONFIG: about,
+        "preprocessor_config.json": weights.preprocessing(made.config),
+    }.items():
+        stages.write_text(out / name, json.dumps(content, indent=1) + "\n")
+    for file in made.tokenizer.files:
+        shutil.copyfile(file, out / file.name)
+    return sorted([path.name for path in files] + [weights.CONFIG, *(file.name for file in made.tokenizer.files)])
 
 
 def _with_image(words: dict[str, Any]) -> dict[str, Any]:
@@ -427,11 +457,23 @@ def _safetensors(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, st
     """Write all parts of a run that are weights or tokenizers."""
     files = copied(run, out)
     if (run / "decoder").is_dir():
-        params = checkpoint.load_params(run / "decoder", step=step)
-        tensors = plain.tensors(params, recipe, _kind(dtype))
+        tensors = plain.tensors(_weights(run, step), recipe, _kind(dtype))
         files += [path.name for path in safetensor_files.save(out, tensors, {"format": "np"})]
     stages.write_text(out / sources.CONFIG, json.dumps(plain.settings(recipe), indent=1) + "\n")
     return [*files, sources.CONFIG]
+
+
+def _weights(run: pathlib.Path, step: int | None) -> dict[str, mapped.Tensor]:
+    """Return the arrays of a run's decoder by path; the one that was read last stays in memory, and no other."""
+    found, last = checkpoint.open_params(run / "decoder", step=step), {}
+
+    def read(path: str) -> np.ndarray:
+        if path not in last:
+            last.clear()
+            last[path] = found[path].read()
+        return last[path]
+
+    return {p: mapped.Tensor(x.shape, x.dtype, functools.partial(read, p)) for p, x in found.items()}
 
 
 def imported(run: pathlib.Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ The boxes that carry the names ride along in everything that is made from the pa
 walk over the abstract state finds every sharding; `unbox` then leaves plain arrays.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -80,6 +81,22 @@ def mesh(config: configs.Mesh, devices=None) -> Mesh:
         inner, outer = _over_slices(sizes, several)
         return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices[:count]), AXES, axis_types=types)
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+
+
+def mesh_of(tree) -> Mesh | None:
+    """Return the mesh that a tree's arrays are laid out on; None if they are on none."""
+    found = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    return found.mesh if isinstance(found, NamedSharding) else None
+
+
+def within(mesh: Mesh | None):
+    """Return the context in which `constrain` lays activations out on a mesh; None: it leaves them as they are."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def shares(mesh: Mesh | None) -> int:
+    """Return over how many devices the rows of a batch are split: their number must be a multiple."""
+    return 1 if mesh is None else _ways(mesh, RULES["batch"])
 
 
 def slices(devices) -> int:
@@ -266,7 +283,7 @@ def place(mesh: Mesh, batch, size: int | None = None):
       UserError: if the rows do not divide over the mesh, or this host brings a wrong number of them.
     """
     size = len(jax.tree.leaves(batch)[0]) * jax.process_count() if size is None else size
-    ways = _ways(mesh, RULES["batch"])
+    ways = shares(mesh)
     if size % ways:
         raise UserError(f"batch = {size} rows: not a multiple of the {ways} devices that share it (replica x fsdp)")
     local = size // jax.process_count()

@@ -1,5 +1,6 @@
 """A small run with random weights: recipe.json, text/, image/ and decoder/, for the tests of drawing and writing."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -20,14 +21,16 @@ def random(shapes, seed, scale):
 
 
 def make(run, recipe, lines, scale=0.5, step=3):
-    """Write what `generate.load` needs, and nothing else, into a folder; return it.
+    """Write what `generate.load` needs, and nothing else, into a folder; return it. One device draws with it.
 
     Args:
       lines: The text tokenizer is trained on.
       step: Number of the decoder's checkpoint.
     """
     side, vocab, net = recipe.prepare.resolution, recipe.vocab, recipe.image.model
-    (run / "recipe.json").write_text(json.dumps(configs.to_json(recipe)))
+    training = dataclasses.replace(recipe.decoder.training, mesh=configs.Mesh(1, 1, 1))
+    alone = dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, training=training))
+    (run / "recipe.json").write_text(json.dumps(configs.to_json(alone)))
     texts.train(lines, vocab.text, run / "text" / "tokenizer.model")
     shapes = jax.eval_shape(vqgan.VQGAN(net, vocab.image).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
     images.save(run / "image", net, vocab.image, side, random(shapes["params"], 1, scale))

@@ -135,6 +135,19 @@ def test_sampling_starts_from_what_the_evaluation_chose(tmp_path, capsys):
     assert cli.defaults("caption", [str(tmp_path), "x"]).sampling.temperature == 0.0
 
 
+def test_a_model_of_chameleons_form_starts_from_the_defaults_of_its_own_code(tmp_path):
+    text = config.Vocab(text=300, image=16)
+    form = config.Form("chameleon", begin=text.text_start, turn=text.text_start + 1)
+    packing = config.Packing("whole", opening=form.begin)
+    decoder = config.DecoderStage(packing=packing, mask=config.Mask(spans=0.0))
+    recipe = config.Recipe(vocab=text, form=form, decoder=decoder)
+    (tmp_path / "recipe.json").write_text(json.dumps(config.to_json(recipe)))
+    draw, write = (cli.defaults(verb, [str(tmp_path), "x"]).sampling for verb in ("generate", "caption"))
+    for sampling in (draw, write):
+        assert (sampling.temperature, sampling.top_p, sampling.repetition_penalty) == (0.7, 0.9, 1.2)
+    assert (draw.guidance, draw.image_guidance, write.guidance) == (3.0, 1.2, 1.0)
+
+
 def test_the_checkpoint_is_the_one_that_the_evaluation_chose(tmp_path):
     assert cli.chosen_checkpoint(tmp_path) is None
     (tmp_path / "report.json").write_text('{"protocol": {"checkpoint": {"step": 7}}}')

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from cm3jax import config, foreign, sharding
 from cm3jax.nn import clip
-from cm3jax.retrieval import weights
+from cm3jax.retrieval import encoder, weights
+from cm3jax.tokenizers import clip as tokenizers
+from cm3jax.tokenizers import text
 
 pytestmark = pytest.mark.slow  # transformers takes its time to import
 
@@ -143,3 +146,37 @@ def test_both_layouts_load_to_equal_parameters(tmp_path):
     assert model == other and model == weights.look(tmp_path / "openai")
     jax.tree.map(np.testing.assert_array_equal, params, others)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["text_config"]["hidden_act"] == model.activation
+
+
+def test_a_retriever_exported_gives_the_same_vectors_in_transformers(tmp_path):
+    """Of a run, with a tokenizer of its own."""
+    import torch
+    import transformers
+    from transformers.models.clip import image_processing_pil_clip as processing
+
+    pieces, run = (
+        text.train(["a red circle", "two green stars"] * 9, 300, tmp_path / "tokenizer.model"),
+        tmp_path / "run",
+    )
+    model = config.CLIP(15, 5, 24, 2, 2, 9, 20, 3, 5, 7, "gelu")
+    net = clip.CLIP(model, tokenizers.Pieces(tmp_path / "tokenizer.model").rows)
+    shapes = sharding.unbox(jax.eval_shape(lambda key: clip.init(net, key), jax.random.key(0)))
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: (0.3 * draw.normal(size=x.shape)).astype(np.float32), shapes)
+    encoder.save(run / "retriever", model, params, tokenizers.load(tmp_path))
+    (run / "recipe.json").write_text(json.dumps(config.to_json(config.Recipe())))
+    foreign.send(run, str(tmp_path / "out"), "hf", say=lambda line: None)
+    theirs, told = transformers.CLIPModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = encoder.load(run / "retriever", batch=8)
+    words = ["a red circle", "green", "two stars, and far more words than fit into the context"]
+    ids, _ = tokenizers.arrays([pieces.encode(x) for x in words], ours.tokenizer, model.context)
+    pictures = draw.integers(0, 256, (3, 15, 15, 3), np.uint8)
+    pixels = torch.tensor(np.asarray(clip.normalise(jnp.asarray(pictures))).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        found = theirs.eval()(input_ids=torch.tensor(ids, dtype=torch.long), pixel_values=pixels)
+    assert found.text_embeds.std() > 0.05 and found.image_embeds.std(0).max() > 1e-3, "too flat to tell a mistake"
+    np.testing.assert_allclose(ours.texts(words), found.text_embeds, atol=1e-5)
+    np.testing.assert_allclose(ours.pictures(pictures), found.image_embeds, atol=1e-5)
+    processor = processing.CLIPImageProcessorPil.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(processor(list(pictures), return_tensors="pt")["pixel_values"], pixels, atol=1e-5)

@@ -178,3 +178,11 @@ def test_a_later_setting_at_its_default_is_in_no_json_and_no_digest():
 def test_guidance_of_pictures_apart_needs_top_p():
     with pytest.raises(ValueError, match="sampling.image_guidance = 1.2: needs method top_p, and it is cd_k"):
         config.Sampling(method="cd_k", image_guidance=1.2)
+
+
+def test_a_penalty_on_repetition_needs_top_p_and_is_above_0():
+    with pytest.raises(ValueError, match="sampling.repetition_penalty = 1.2: needs method top_p, and it is mixture"):
+        config.Sampling(method="mixture", repetition_penalty=1.2)
+    with pytest.raises(ValueError, match="sampling.repetition_penalty = 0.0: must be above 0"):
+        config.Sampling(repetition_penalty=0.0)
+    assert "repetition_penalty" not in config.to_json(config.Sampling())

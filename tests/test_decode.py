@@ -148,6 +148,32 @@ def test_rows_end_on_their_own_and_are_padded(params):
         assert VOCAB.is_text(np.asarray(out.ids[row, : n - 1])).all()
 
 
+def test_words_of_the_prompt_and_those_drawn_are_penalised_and_codes_are_not(params):
+    """Greedy, against a plain loop over logits without a cache."""
+    rules, penalty = grammar.captions(VOCAB, 13, CODES), 3.0
+    state = grammar.start([grammar.SPAN] * B, left=STEPS)
+    sampling = configs.Sampling(temperature=0.0, repetition_penalty=penalty)
+    out, free = (run(params, s, rules=rules, state=state) for s in (sampling, GREEDY))
+    assert (np.asarray(out.ids) != np.asarray(free.ids)).any()
+    words = np.append(np.arange(VOCAB.text_start + 1, VOCAB.text_start + 13), vocab.EOSS)
+    for row, prompt in enumerate(PROMPTS):
+        ids = prompt.tolist()
+        for drawn in np.asarray(out.ids[row, : int(out.lengths[row])]):
+            logits = np.asarray(word_logits(params, jnp.asarray([ids + [0] * (24 - len(ids))])))[0, len(ids) - 1]
+            scored = np.where(logits < 0, logits * penalty, logits / penalty)
+            logits = np.where(np.isin(np.arange(len(logits)), ids), scored, logits)
+            assert drawn == words[logits[words].argmax()]
+            ids.append(int(drawn))
+    coded = dataclasses.replace(sampling, repetition_penalty=9.0)
+    np.testing.assert_array_equal(run(params, coded).ids, run(params, GREEDY).ids)
+
+
+@jax.jit
+def word_logits(params, row):
+    place = jnp.arange(row.shape[1])[None]
+    return decoder.logits(params, MODEL.config, MODEL.apply({"params": params}, row, place, jnp.ones_like(place))[0])
+
+
 def test_first_tokens_are_drawn_with_the_models_probabilities(params):
     n = 2000
     out = run(params, configs.Sampling(), [PROMPTS[1]] * n, seed=3)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cm3jax import config, foreign, run, sharding, stages
+from cm3jax import cli, config, foreign, run, sharding, stages
+from cm3jax.interop import tensors
 from cm3jax.nn import clip
 from cm3jax.retrieval import encoder, weights
 from cm3jax.tokenizers import clip as tokenizers
@@ -291,3 +292,20 @@ def test_import_makes_the_same_retriever_of_published_weights(found, tmp_path, l
     with pytest.raises(UserError, match=f"no tensor {layout['text/positions']!r}"):
         foreign.bring(str(tmp_path / "less"), str(tmp_path / "other"), say=lambda line: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "less", "run"]
+
+
+def test_a_retriever_comes_back_from_hugging_faces_layout(folder, found, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "retriever")
+    (run / "recipe.json").write_text(json.dumps(config.to_json(config.Recipe())))
+    assert cli.main(["export", str(run), str(tmp_path / "out"), "--to", "hf"]) == 0
+    assert encoder.load(tmp_path / "out", batch=8).identity == found.identity
+    again = foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), say=lambda line: None)
+    assert encoder.load(again / "retriever", batch=8).identity == found.identity
+    foreign.send(run, str(tmp_path / "half"), "hf", dtype="bfloat16", part="retriever", say=lambda line: None)
+    assert {t.dtype.name for t in tensors.open(tmp_path / "half").found.values()} == {"bfloat16"}
+    with pytest.raises(UserError, match="has no decoder/"):
+        foreign.send(run, str(tmp_path / "none"), "hf", part="decoder", say=lambda line: None)
+    with pytest.raises(UserError, match="--to safetensors writes all parts"):
+        foreign.send(run, str(tmp_path / "none"), "safetensors", part="retriever", say=lambda line: None)
+    assert not (tmp_path / "none").exists()

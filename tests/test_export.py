@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import chameleons
 import checkpoints
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,7 +18,7 @@ import tokenizers
 import torch
 
 from cm3jax import checkpoint, cli, config, foreign, sharding
-from cm3jax.interop import chameleon, chameleon_vocab, pieces, plain, sources, tensors, vqgan
+from cm3jax.interop import chameleon, chameleon_vocab, pieces, plain, sources, streamed, tensors, vqgan
 from cm3jax.nn import decoder
 from cm3jax.tokenizers import document, image, text
 from cm3jax.types import UserError
@@ -243,3 +246,52 @@ def test_an_image_tokenizer_alone_comes_back(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
     with pytest.raises(UserError, match="has no decoder/"):
         foreign.send(tmp_path / "run", str(tmp_path / "hf"), "hf", say=quiet)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+PEAKS = """
+import re, sys
+from cm3jax import foreign
+
+def peak():
+    return int(re.search("VmHWM:\\s*([0-9]+) kB", open("/proc/self/status").read())[1]) * 1024
+
+small, run, out, again = sys.argv[1:]
+quiet = lambda line: None
+for to in ("hf", "safetensors"):
+    foreign.send(foreign.pathlib.Path(small), f"{out}-{to}-first", to, say=quiet)
+foreign.bring(f"{out}-safetensors-first", f"{again}-first", say=quiet)
+before = peak()
+for to in ("hf", "safetensors"):
+    foreign.send(foreign.pathlib.Path(run), f"{out}-{to}", to, say=quiet)
+after = peak()
+foreign.bring(f"{out}-safetensors", again, say=quiet)
+print(after - before, peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_export_and_import_need_the_memory_of_the_largest_array(trained, tmp_path):
+    """A decoder of 240 MB whose largest array has 34 MB, in a process of its own."""
+    run, recipe, *_ = trained
+    model = dataclasses.replace(recipe.decoder.model, layers=32, width=512, kv_heads=0, mlp_width=512)
+    big = dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, model=model))
+    other = tmp_path / "run"
+    other.mkdir()
+    for name in ("text", "image"):
+        (other / name).symlink_to(run / name)
+    (other / "recipe.json").write_text(json.dumps(config.to_json(big)))
+    wanted = chameleon.shapes(model, recipe.vocab.size, 64)
+    ones = lambda at: np.ones([part.stop - part.start for part in at], np.float32)  # noqa: E731
+    arrays = {
+        path: streamed.Array(x.shape, np.dtype(np.float32), (1, *x.shape[1:]) if "layers/" in path else x.shape, ones)
+        for path, x in wanted.items()
+    }
+    size, largest = sum(x.size for x in arrays.values()) * 4, max(x.size for x in arrays.values()) * 4
+    assert size > 6.5 * largest > 2e8
+    streamed.save(other / "decoder", 0, flax.traverse_util.unflatten_dict(arrays, sep="/"), {})
+    arguments = [str(run), str(other), str(tmp_path / "out"), str(tmp_path / "again")]
+    done = subprocess.run([sys.executable, "-c", PEAKS, *arguments], capture_output=True, text=True, check=True)
+    out, both = map(int, done.stdout.split())
+    assert out < 3 * largest and both < 3 * largest, (out / largest, both / largest)

@@ -1,10 +1,11 @@
-"""Laws of temperature, top-k and top-p."""
+"""Laws of repetition, temperature, top-k and top-p."""
 
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 
 from cm3jax.sample import filters
@@ -58,6 +59,23 @@ def test_temperature_zero_leaves_the_first_of_the_largest(logits):
     np.testing.assert_array_equal(jnp.argmax(out[:2], -1), np.argmax(logits[:2], -1))
     assert ((out[:2] > -jnp.inf).sum(-1) == 1).all()
     np.testing.assert_array_equal(out[2], logits[2] / 2)
+
+
+@pytest.mark.slow  # transformers takes its time to import
+@pytest.mark.parametrize("penalty", [1.2, 0.8, 1.0])
+def test_repetition_is_penalised_as_transformers_does(penalty):
+    import torch
+    import transformers
+
+    draw = np.random.default_rng(0)
+    logits, ids = draw.normal(0, 3, (5, V)).astype(np.float32), draw.integers(0, V, (5, 4))
+    logits[:, 3] = -np.inf  # an id that is out stays out
+    seen = np.zeros((5, V), bool)
+    seen[np.arange(5)[:, None], ids] = True
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(ids), torch.tensor(logits)).numpy()
+    ours = filters.penalise(jnp.asarray(logits), jnp.asarray(seen), jnp.full(5, penalty))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert (penalty == 1) == np.array_equal(theirs, logits)
 
 
 def test_drawn_frequencies_are_the_softmax():

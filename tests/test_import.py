@@ -61,6 +61,10 @@ def test_hugging_faces_layout_becomes_a_run(tmp_path, most):
     assert recipe.form.kind == "chameleon"
     assert (recipe.form.begin, recipe.form.turn) == (tokenizer.id("<s>"), tokenizer.id("<reserved08706>"))
     assert recipe.decoder.packing.length == about["max_position_embeddings"]
+    assert (recipe.evaluate.draw, recipe.evaluate.write) == (
+        (config.PLAIN["chameleon"],),
+        config.PLAIN_TEXT["chameleon"],
+    )
     pictures = image.load(run / "image")
     assert (pictures.codes, pictures.resolution) == (chameleons.CODES, 8)
     flat = vqgan.read(

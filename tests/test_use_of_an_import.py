@@ -1,15 +1,23 @@
 """An imported model of Chameleon's form is drawn with, captioned with, fine-tuned and evaluated as any other run."""
 
+import dataclasses
 import json
 import re
 
+import checkpoints
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import talking_run
+import torch
 from PIL import Image
 
 from cm3jax import checkpoint, cli, config, foreign, trees
+from cm3jax.evaluate import protocol
+from cm3jax.interop import chameleon_vocab
+from cm3jax.nn import decoder
+from cm3jax.sample import generate
 from cm3jax.tokenizers import turns
 from cm3jax.vocab import EOD
 
@@ -116,6 +124,19 @@ def test_it_is_evaluated(tuned):
     assert report["image_to_text"]["samples"] == 2 and report["infill"]["samples"] == 2
 
 
+def test_its_losses_on_several_devices_are_one_devices(tuned):
+    recipe = config.load(tuned / "recipe.json")
+    training = dataclasses.replace(recipe.decoder.training, batch=6)  # not a multiple of the devices that share it
+    recipe = dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, training=training))
+    measure = protocol.held_out(recipe, tuned)
+    one, several = (
+        measure(generate.weights(tuned, recipe, mesh=config.Mesh(*shape)), "train", False)
+        for shape in ((1, 1, 1), (2, 2, 2))
+    )
+    assert one["loss"][1] == several["loss"][1] > 0
+    assert one["loss_image"][0] == pytest.approx(several["loss_image"][0], rel=1e-5)
+
+
 def test_a_start_of_another_network_is_refused(imported, tuned, tmp_path, capsys):
     words = ["train", imported / "recipe.json", "--inputs", imported, "--out", tmp_path / "x"]
     assert cli.main([*map(str, words), "--decoder.start", str(imported), "--decoder.layers", "1"]) == 2
@@ -132,3 +153,34 @@ def test_all_of_it_is_trained_unless_told_otherwise(imported, tuned, tmp_path):
     near = max(float(np.abs(np.asarray(old[n]) - np.asarray(new[n])).max()) for n in old)
     assert near < 0.01, "it must begin with the weights of the import"
     assert len(jax.tree.leaves(new)) == len(old)
+
+
+def test_a_model_trained_in_its_form_gives_the_same_logits_in_transformers(pictures, tmp_path):
+    """Through the verbs: tokenizers imported, a decoder trained from nothing on them, exported, opened there."""
+    import transformers
+
+    about = checkpoints.settings(num_key_value_heads=2)
+    checkpoints.hugging_face(tmp_path / "hf", about)
+    did("import", tmp_path / "hf", run := tmp_path / "run")
+    did("prepare", pictures, run)
+    did("encode", run)
+    flags = "--decoder.steps 6 --decoder.batch 8 --decoder.warmup 0 --decoder.peak_lr 0.03"
+    did("train", run / "recipe.json", "--inputs", run, "--out", out := tmp_path / "out", *flags.split())
+    did("export", out, tmp_path / "exported", "--to", "hf")
+    params = jax.tree.map(jnp.asarray, checkpoint.load_params(out / "decoder"))
+    recipe = config.load(out / "recipe.json")
+    assert recipe.form.kind == "chameleon"
+    model, told = transformers.ChameleonForConditionalGeneration.from_pretrained(
+        tmp_path / "exported", output_loading_info=True, dtype=torch.float32
+    )
+    assert not told["missing_keys"] and not told["mismatched_keys"]
+    order = chameleon_vocab.load(out / "text" / "order.json")
+    ids = np.random.default_rng(1).integers(0, recipe.vocab.size, (2, 40))  # in Chameleon's order
+    with torch.no_grad():
+        theirs = model.lm_head(model.model(torch.tensor(ids)).last_hidden_state).numpy()
+    net = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
+    place = jnp.broadcast_to(jnp.arange(40), ids.shape)
+    hidden, _ = net.apply({"params": params}, jnp.asarray(order.ours[ids], jnp.int32), place, jnp.ones_like(place))
+    ours = order.back(np.asarray(decoder.logits(params, recipe.decoder.model, hidden)))
+    assert ours.std() > 0.1, "too flat to tell a mistake"
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cm3jax import checkpoint
+from cm3jax import checkpoint, sharding
 from cm3jax import config as configs
 from cm3jax.data import encode, pipeline, retrieved, scenes, shards, tokens
 from cm3jax.data.scenes_world import TASKS, Scene, from_json
@@ -99,7 +99,7 @@ def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) ->
     if "test" not in splits:
         raise UserError(f"{run / 'prepared'}: no record in the test split; raise prepare.test, or mark some as test")
     measure = held_out(recipe, run)
-    losses = validation_losses(run, measure)
+    losses = validation_losses(run, measure, lambda step: generate.weights(run, recipe, step))
     step = min(losses, key=losses.get) if losses else None
     if losses:
         say(f"evaluate: checkpoint {step}, of {', '.join(f'{s} (validation loss {x:.4f})' for s, x in losses.items())}")
@@ -459,23 +459,34 @@ def held_out(recipe: configs.Recipe, run: pathlib.Path) -> Callable[..., dict[st
 
     def measure(params, split: str, masked: bool):
         totals = None
+        mesh = sharding.mesh_of(params)
         for batch in pipeline.eval_batches(run / "tokens", split, stage, recipe.vocab, masked, source=source):
-            metrics = step(params, jax.tree.map(jax.numpy.asarray, batch))
+            with sharding.within(mesh):
+                metrics = step(params, jax.tree.map(lambda x: _filled(x, sharding.shares(mesh)), batch))
             totals = metrics if totals is None else jax.tree.map(np.add, totals, metrics)
         return {name: (float(total), float(weight)) for name, (total, weight) in (totals or {}).items()}
 
     return measure
 
 
-def validation_losses(run: pathlib.Path, measure) -> dict[int, float]:
-    """Return {step: mean validation nll, in nats} of the decoder's checkpoints; {} if there is nothing to choose on."""
+def _filled(x: np.ndarray, shares: int) -> np.ndarray:
+    """Return an array of a batch with rows of zeros, which have no weight, up to a multiple of `shares`."""
+    return np.pad(x, [(0, -len(x) % shares)] + [(0, 0)] * (x.ndim - 1))
+
+
+def validation_losses(run: pathlib.Path, measure, load) -> dict[int, float]:
+    """Return {step: mean validation nll, in nats} of the decoder's checkpoints; {} if there is nothing to choose on.
+
+    Args:
+      measure: From `held_out`.
+      load: Step -> parameters.
+    """
     steps = checkpoint.steps(run / "decoder")
     if len(steps) < 2 or "validation" not in tokens.splits(run / "tokens"):
         return {}
     found = {}
     for step in steps:
-        params = jax.tree.map(jax.numpy.asarray, checkpoint.load_params(run / "decoder", step=step))
-        total, weight = measure(params, "validation", True).get("loss", (0.0, 0.0))
+        total, weight = measure(load(step), "validation", True).get("loss", (0.0, 0.0))
         if weight and math.isfinite(total):
             found[step] = total / weight
     return found

@@ -3,7 +3,7 @@
     network = chameleon.network(about)  # of config.json
     order = chameleon_vocab.order(about["vocabulary_map"], network.rows, "config.json")
     params = chameleon.read(tensors, network.model, order)  # tensors: arrays by name, mapped from files or not
-    again = dict(chameleon.tensors(params, network.model, order))
+    again = chameleon.tensors(mapped.named(params), network.model, order)  # each is made when it is read
 
 Matrices there are [out, in]. Its rotary positions turn the pairs (i, i + k/2) of a head, as ours do, so that rows of q
 and k stay where they are (Meta's own files pair neighbours). Scale and bias of the norms of q and k are [heads, k]
@@ -12,7 +12,7 @@ there and here. Rows of both tables follow `chameleon_vocab.Order`. The image to
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.traverse_util
@@ -302,17 +302,36 @@ def piece(tensors: Tensors, leaf: Leaf, order: chameleon_vocab.Order, index, dty
 
 
 def tensors(
-    params: Mapping[str, Any], model: configs.Decoder, order: chameleon_vocab.Order, dtype: Any = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield Chameleon's tensors, names and contiguous arrays, one after another.
+    ours: Mapping[str, mapped.Tensor], model: configs.Decoder, order: chameleon_vocab.Order, dtype: Any = None
+) -> dict[str, mapped.Tensor]:
+    """Return Chameleon's tensors, all layers of one of our arrays together; each is made when it is read.
 
     Args:
-      params: Our parameters, unboxed.
+      ours: Our parameters by path.
       dtype: Of the tensors; None: that of the parameters.
     """
-    ours = flax.traverse_util.flatten_dict(params, sep="/")
-    for path, leaf in leaves(model, order.vocab.size).items():
+    return given(ours, leaves(model, order.vocab.size), dtype, order)
+
+
+def given(
+    ours: Mapping[str, mapped.Tensor],
+    wanted: dict[str, Leaf],
+    dtype: Any = None,
+    order: chameleon_vocab.Order | None = None,
+) -> dict[str, mapped.Tensor]:
+    """Return the tensors that our arrays come from; `order` is of tables, if there are any."""
+    found = {}
+    for path, leaf in wanted.items():
+        array = ours[path]
+        kind = np.dtype(dtype or array.dtype)
         for i, name in enumerate(leaf.names):
-            x = np.asarray(ours[path][i] if leaf.stacked else ours[path])
-            x = x.T if leaf.kind == "matrix" else x[order.ours] if leaf.kind == "table" else x
-            yield name, np.ascontiguousarray(x, dtype or x.dtype)
+            read = functools.partial(_turned, array, leaf, i, kind, order)
+            found[name] = mapped.Tensor(leaf.theirs, kind, read)
+    return found
+
+
+def _turned(array: mapped.Tensor, leaf: Leaf, i: int, kind: np.dtype, order) -> np.ndarray:
+    """Return the tensor of layer i."""
+    x = array.read()[i] if leaf.stacked else array.read()
+    x = x.T if leaf.kind == "matrix" else x[order.ours] if leaf.kind == "table" else x
+    return np.asarray(x, kind, order="C")

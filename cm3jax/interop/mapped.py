@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cm3jax import trees
 from cm3jax.types import UserError
 
 MOST_DIMENSIONS, MOST = 64, 2**56
@@ -75,6 +76,11 @@ class Tensors:
 def held(array: np.ndarray) -> Tensor:
     """Return an array in memory as a tensor."""
     return Tensor(array.shape, array.dtype, lambda: array)
+
+
+def named(params: Any) -> dict[str, Tensor]:
+    """Return the arrays of a tree by path, "a/b/c"."""
+    return {path: held(np.asarray(x)) for path, x in trees.named_leaves(params).items()}
 
 
 def pages(path: pathlib.Path, start: int, size: int) -> np.ndarray:

@@ -30,9 +30,6 @@ The id of a text piece i is 4 + i, of an image code c 4 + vocab["text"] + c (see
 from collections.abc import Mapping
 from typing import Any
 
-import flax.traverse_util
-import numpy as np
-
 from cm3jax import config as configs
 from cm3jax.interop import chameleon, mapped
 from cm3jax.types import UserError
@@ -72,18 +69,11 @@ def compare(tensors: Mapping[str, mapped.Tensor], wanted: dict[str, chameleon.Le
         raise UserError(f"{where}: {mapped.short(extra[0])} is no tensor of this decoder ({len(extra)} such)")
 
 
-def tensors(params: Mapping[str, Any], made: configs.Recipe, dtype: Any = None) -> dict[str, mapped.Tensor]:
-    """Return the decoder's tensors by name.
+def tensors(ours: Mapping[str, mapped.Tensor], made: configs.Recipe, dtype: Any = None) -> dict[str, mapped.Tensor]:
+    """Return the decoder's tensors by name; each is made when it is read.
 
     Args:
-      params: Our parameters, unboxed.
+      ours: Our parameters by path.
       dtype: Of the tensors; None: that of the parameters.
     """
-    ours, found = flax.traverse_util.flatten_dict(params, sep="/"), {}
-    for path, leaf in leaves(made).items():
-        for i, name in enumerate(leaf.names):
-            x = np.asarray(ours[path])
-            kind = np.dtype(dtype or x.dtype)
-            read = lambda x=x, i=i, leaf=leaf, kind=kind: (x[i] if leaf.stacked else x).astype(kind)  # noqa: E731
-            found[name] = mapped.Tensor(leaf.theirs, kind, read)
-    return found
+    return chameleon.given(ours, leaves(made), dtype)

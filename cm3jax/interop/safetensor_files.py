@@ -147,7 +147,7 @@ def write(path, tensors: dict[str, mapped.Tensor], metadata: dict[str, str] | No
       UserError: naming the tensor that the format cannot hold.
     """
     path = pathlib.Path(path)
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all lie aligned
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # so that all lie aligned
     header, at = {METADATA: metadata} if metadata else {}, 0
     for name in order:
         tensor = tensors[name]

@@ -83,7 +83,7 @@ def open(path, tokenizer: str = "", image: str = "") -> Source:
     found = tensors.open(path)
     names = set(found.found)
     if any(name.startswith(("vision_model.", "visual.")) for name in names):
-        files = _beside(found.files, "config.json", "vocab.json", "merges.txt")
+        files = _beside(found.files, "config.json", "vocab.json", "merges.txt", "tokenizer.model")
         return Source(path, "clip", "CLIP", files, clip=found.found)
     if meta.TABLE in names:
         raise UserError(f"{path}: one part of Meta's layout; give the folder that holds it, params.json and tokenizer")

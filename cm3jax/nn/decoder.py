@@ -46,7 +46,7 @@ class Attention(nn.Module):
             q, k = layers.rotate(q, positions, c.rope_theta), layers.rotate(k, positions, c.rope_theta)
         cached = cache is not None
         if cached:
-            cache = {"k": _put(cache["k"], k, index), "v": _put(cache["v"], v, index)}
+            cache = {name: _put(cache[name], x, index) for name, x in (("k", k), ("v", v))}
             k, v = (cache[name].astype(dtype).swapaxes(1, 2) for name in ("k", "v"))
         y = attention_paths.attend(c.attention, q, k, v, seen, cached).reshape(b, t, c.heads * c.head_width)
         return layers.Matrix(d, ("heads", "embed"), 0.0, dtype, name="out")(y), cache
@@ -134,6 +134,7 @@ class Decoder(nn.Module):
         keys = segments
         if cache is not None:
             keys = jax.lax.dynamic_update_slice(cache["segments"], segments.astype(jnp.int32), (0, index))
+            keys = sharding.constrain(keys, "batch", "seq")
         seen = attention_paths.view(c.attention, segments, keys, index, cache is not None)
 
         if cache is None:
@@ -190,7 +191,8 @@ def kept(remat: str):
 
 def _put(old: Float[Array, "b g s k"], new: Float[Array, "b t g k"], index) -> Float[Array, "b g s k"]:
     """Return a cache with t new tokens in slots index .. index + t."""
-    return jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, index, 0))
+    new = jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, index, 0))
+    return sharding.constrain(new, "batch", "act_heads", "seq", "head")
 
 
 def _named(std: float, *axes: str):

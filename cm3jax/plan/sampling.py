@@ -80,6 +80,7 @@ def _lower(recipe: Recipe, step: programs.Step, params, rows: int, codes: int) -
         contrast=array(bool, "b"),
         cd_alpha=array(floats, "b"),
         uncond_temperature=array(floats, "b"),
+        penalty=array(floats, "b"),
     )
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     model = step.model(vocab)

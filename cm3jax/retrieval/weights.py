@@ -1,4 +1,4 @@
-"""Published CLIP weights: Hugging Face's and OpenAI's names in a safetensors file -> our parameters.
+"""Published CLIP weights: Hugging Face's and OpenAI's names in a safetensors file -> our parameters, and back.
 
 Sizes are read from the tensors. What they do not tell, heads and activation, stands in Hugging Face's config.json; all
 of OpenAI's towers have heads of 64 and quick_gelu. OpenAI's own files are torch archives; where torch is at hand:
@@ -87,11 +87,13 @@ OPENAI = HUGGING_FACE | {
 
 
 class Source(NamedTuple):
-    """Where one of our arrays comes from: a tensor's name, its shape, and what turns it into ours."""
+    """Where one of our arrays comes from: a tensor's name, its shape, and what turns it into ours and back."""
 
     name: str
     shape: tuple[int, ...]
     take: Callable[[np.ndarray], np.ndarray]
+    give: Callable[[np.ndarray], np.ndarray] | None
+    """None where the tensor holds others of our arrays too, as OpenAI's."""
 
 
 def load(folder) -> tuple[configs.CLIP, dict[str, Any]]:
@@ -164,13 +166,59 @@ def _source(path: str, shape: tuple[int, ...], names: dict[str, str], patch: int
     if "in_proj_" in name:  # q, k and v in one
         which, width = "qkv".index(path.split("/")[2]), shape[-1]
         part = slice(which * width, (which + 1) * width)
-        return Source(name, (3 * width, *shape[1:]), lambda x: x[part].T)
+        return Source(name, (3 * width, *shape[1:]), lambda x: x[part].T, None)
     if path == "vision/patches":
         kernel = (shape[1], 3, patch, patch)
-        return Source(name, kernel, lambda x: x.transpose(2, 3, 1, 0).reshape(shape))
+        back = lambda x: x.reshape(patch, patch, 3, shape[1]).transpose(3, 2, 0, 1)  # noqa: E731
+        return Source(name, kernel, lambda x: x.transpose(2, 3, 1, 0).reshape(shape), back)
     if path.endswith("/w") or (path.endswith("projection") and names is HUGGING_FACE):
-        return Source(name, shape[::-1], lambda x: x.T)
-    return Source(name, shape, lambda x: x)
+        return Source(name, shape[::-1], lambda x: x.T, lambda x: x.T)
+    return Source(name, shape, lambda x: x, lambda x: x)
+
+
+def tensors(model: configs.CLIP, params) -> dict[str, np.ndarray]:
+    """Return Hugging Face's tensors of our parameters, unboxed."""
+    ours, found = flax.traverse_util.flatten_dict(params, sep="/"), {}
+    for path, layers in sources(model, len(params["text"]["table"]), HUGGING_FACE).items():
+        for i, layer in enumerate(layers):
+            found[layer.name] = np.array(layer.give(ours[path][i] if "/layers/" in path else ours[path]), order="C")
+    return found
+
+
+def settings(model: configs.CLIP, rows: int, begin: int, end: int) -> dict[str, Any]:
+    """Return Hugging Face's config.json.
+
+    Args:
+      rows: Of the text tower's table.
+      begin, end: Ids around a text.
+    """
+
+    def tower(name: str) -> dict[str, Any]:
+        width, layers, heads = (getattr(model, f"{name}_{what}") for what in ("width", "layers", "heads"))
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        return sizes | {"num_attention_heads": heads, "hidden_act": model.activation, "projection_dim": model.size}
+
+    ids = {"vocab_size": rows, "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": model.size,
+        "text_config": tower("text") | ids | {"max_position_embeddings": model.context},
+        "vision_config": tower("vision") | {"image_size": model.resolution, "patch_size": model.patch},
+    }
+
+
+def preprocessing(model: configs.CLIP) -> dict[str, Any]:
+    """Return Hugging Face's preprocessor_config.json."""
+    side = model.resolution
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "resample": 3,  # Pillow's bicubic
+        "image_mean": clip.MEAN.tolist(),
+        "image_std": clip.DEVIATION.tolist(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- what is in a file

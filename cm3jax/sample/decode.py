@@ -1,8 +1,9 @@
 """Prefill and the decode loop: prompts in, drawn ids out, compiled once per shape.
 
-The streams of guidance (conditional, unconditional, ...) are rows of one batch of n * b: they share the weights' one
-trip through memory, which is what decoding costs. The loop is one `lax.while_loop` over a static cache, so that
-captions stop when the last of them has ended; a batch of pictures runs through all its steps like a scan.
+The streams of guidance (conditional, unconditional, ...) are rows of one batch of b * n: they share the weights' one
+trip through memory, which is what decoding costs; on a mesh a row's streams lie on one device. The loop is one
+`lax.while_loop` over a static cache, so that captions stop when the last of them has ended; a batch of pictures runs
+through all its steps like a scan.
 """
 
 import functools
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from cm3jax import config as configs
+from cm3jax import sharding
 from cm3jax import vocab as vocabulary
 from cm3jax.nn import decoder
 from cm3jax.objectives import places
@@ -32,6 +34,8 @@ class Settings(NamedTuple):
     """Rows drawn by CD-K."""
     cd_alpha: Float[Array, " b"]
     uncond_temperature: Float[Array, " b"]
+    penalty: Float[Array, " b"]
+    """Of repeated words; 1: none."""
 
 
 class Kind(NamedTuple):
@@ -41,6 +45,8 @@ class Kind(NamedTuple):
     """Some row has top-k or top-p."""
     cd_k: int
     """The k of CD-K; 0 if no row uses it."""
+    repeated: bool = False
+    """Some row has a penalty on words that it has already."""
 
 
 class Prompts(NamedTuple):
@@ -80,7 +86,7 @@ def streams(sampling: configs.Sampling, pictured: bool = False) -> int:
 def kind(sampling: configs.Sampling) -> Kind:
     """Return what the program must be able to do."""
     top_p = sampling.method != "cd_k" and (sampling.top_k > 0 or sampling.top_p < 1)
-    return Kind(top_p, 0 if sampling.method == "top_p" else sampling.cd_k)
+    return Kind(top_p, 0 if sampling.method == "top_p" else sampling.cd_k, sampling.repetition_penalty != 1)
 
 
 def settings(sampling: configs.Sampling, rows: np.ndarray, pictured: bool = False) -> Settings:
@@ -99,6 +105,7 @@ def settings(sampling: configs.Sampling, rows: np.ndarray, pictured: bool = Fals
         contrast=contrast,
         cd_alpha=full(sampling.cd_alpha),
         uncond_temperature=full(sampling.uncond_temperature),
+        penalty=full(sampling.repetition_penalty),
     )
 
 
@@ -163,14 +170,16 @@ def decode(
         (up to the rounding of matrix products of other shapes).
     """
     n, b, t = prompts.ids.shape
-    ids, place = prompts.ids.reshape(n * b, t), prompts.positions.reshape(n * b, t)
-    cache = _prefill(model, params, ids[:, :-1], place[:, :-1], prompts.lengths.reshape(-1), t - 1 + steps)
+    flat = lambda x: x.swapaxes(0, 1).reshape(b * n, *x.shape[2:])  # noqa: E731
+    ids, place = flat(prompts.ids), flat(prompts.positions)
+    cache = _prefill(model, params, ids[:, :-1], place[:, :-1], flat(prompts.lengths), t - 1 + steps)
 
     def body(carry):
-        i, last, place, following, state, cache, drawn = carry
+        i, last, place, following, state, cache, seen, drawn = carry
         logits, cache = _score(model, rules, params, last, place, cache, t - 1 + i)
-        logits = logits.reshape(n, b, -1)
-        ids, logprobs = _draw(rules, kind, logits, state, settings, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+        logits = logits.reshape(b, n, -1).swapaxes(0, 1)
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        ids, logprobs = _draw(rules, kind, logits, state, seen, settings, own)
         held, done = jax.lax.dynamic_index_in_dim(forced, i, 1, keepdims=False), state.mode == grammar.DONE
         ids = jnp.where(done, vocabulary.PAD, jnp.where(held >= 0, held, ids))
         logprobs = jnp.where(done, 0.0, _column(logprobs, ids - rules.first))
@@ -179,15 +188,18 @@ def decode(
             drawn.lengths + ~done,
             jax.lax.dynamic_update_slice(drawn.logprobs, logprobs[:, None], (0, i)),
         )
-        ids = jnp.tile(ids, n)
-        place, following = _advance(ids, following, prompts.first, rules.vocab)
-        return i + 1, ids, place, following, grammar.step(rules, state, ids[:b]), cache, drawn
+        seen = _noted(rules, seen, ids[:, None]) if kind.repeated else None
+        state, last = grammar.step(rules, state, ids), jnp.repeat(ids, n)
+        place, following = _advance(last, following, prompts.first, rules.vocab)
+        return i + 1, last, place, following, state, cache, seen, drawn
 
     def unfinished(carry):
         return (carry[0] < steps) & jnp.any(carry[4].mode != grammar.DONE)
 
     empty = Drawn(jnp.full((b, steps), vocabulary.PAD), jnp.zeros(b, jnp.int32), jnp.zeros((b, steps)))
-    begin = (0, ids[:, -1], place[:, -1], prompts.following.reshape(n * b, 2), state, cache, empty)
+    nothing = jnp.zeros((b, rules.last - rules.first), bool)
+    seen = _noted(rules, nothing, prompts.ids[0]) if kind.repeated else None
+    begin = (0, ids[:, -1], place[:, -1], flat(prompts.following), state, cache, seen, empty)
     return jax.lax.while_loop(unfinished, body, begin)[-1]
 
 
@@ -212,13 +224,23 @@ def _score(model, rules, params, ids: Int[Array, " b"], positions: Int[Array, " 
     """Return float32 logits [b, last - first] of what follows `ids`, and the cache with them."""
     one = jnp.ones_like(ids)[:, None]
     hidden, cache = model.apply({"params": params}, ids[:, None], positions[:, None], one, cache=cache, index=index)
-    return decoder.logits(params, model.config, hidden[:, 0])[:, rules.first : rules.last], cache
+    logits = decoder.logits(params, model.config, hidden[:, 0])[:, rules.first : rules.last]
+    return sharding.constrain(logits, "batch", None), cache
 
 
-def _draw(rules, kind: Kind, logits: Float[Array, "n b v"], state, settings: Settings, keys):
+def _noted(rules, seen: Bool[Array, "b v"], ids: Int[Array, "b t"]) -> Bool[Array, "b v"]:
+    """Return which ids [first, last) a row has, `ids` now among them; codes are left out, as pictures repeat theirs."""
+    kept = (ids >= rules.first) & (ids < rules.last) & ~rules.vocab.is_image(ids)
+    at = jnp.where(kept, ids - rules.first, seen.shape[1])  # the others are dropped
+    return seen.at[jnp.arange(len(ids))[:, None], at].set(True, mode="drop")
+
+
+def _draw(rules, kind: Kind, logits: Float[Array, "n b v"], state, seen, settings: Settings, keys):
     """Return drawn ids [b], and the log-probabilities [b, v] of the conditional stream."""
     allowed = grammar.allowed(rules, state)
     mixed = jnp.where(allowed, guidance.guide(logits, settings.scales), -jnp.inf)
+    if kind.repeated:
+        mixed = filters.penalise(mixed, seen, settings.penalty)
     scores = filters.temper(mixed, settings.temperature)
     if kind.filtered:
         scores = filters.top_k_top_p(scores, settings.top_k, settings.top_p)

@@ -1,8 +1,8 @@
-"""Temperature, top-k and top-p: which ids may be drawn, and how likely (arXiv 2309.02591 §3.1).
+"""Temperature, top-k and top-p: which ids may be drawn, and how likely (arXiv 2309.02591 §3.1); and repetition.
 
-They compose in this order, each on what the one before left: grammar, temperature, top-k, top-p. An id that is out has
-logit -inf. All settings are arrays with one value a row, so that rows of one batch may differ and a new value does not
-recompile.
+They compose in this order, each on what the one before left: grammar, repetition, temperature, top-k, top-p. An id that
+is out has logit -inf. All settings are arrays with one value a row, so that rows of one batch may differ and a new
+value does not recompile.
 """
 
 import jax
@@ -11,6 +11,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 FINITE = 1e30
 """Stands for infinity where a sum must stay a number."""
+
+
+def penalise(logits: Float[Array, "b v"], seen: Bool[Array, "b v"], penalty: Float[Array, " b"]) -> Float[Array, "b v"]:
+    """Make ids that a row has already less likely: divide their logits by the penalty, multiply those below 0.
+
+    The penalised sampling of arXiv 1909.05858 §4.1, with the two cases of transformers, which Chameleon's released code
+    calls; a penalty of 1 changes nothing.
+    """
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def temper(logits: Float[Array, "b v"], temperature: Float[Array, " b"]) -> Float[Array, "b v"]:

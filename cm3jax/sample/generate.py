@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm3jax import checkpoint, rng, stages
+from cm3jax import checkpoint, rng, sharding, stages
 from cm3jax import config as configs
 from cm3jax.data import pictures as files
 from cm3jax.nn import decoder
@@ -40,15 +40,16 @@ Box = Sequence[int | float]
 """(x0, y0, x1, y1), upper left and lower right: floats are fractions of the square picture, ints its pixels."""
 
 
-def load(run, batch: int = 16, step: int | None = None) -> "Generator":
+def load(run, batch: int = 16, step: int | None = None, mesh: configs.Mesh | None = None) -> "Generator":
     """Return the generator of a run's folder: needs recipe.json, text/, image/ and decoder/.
 
     Args:
       batch: Rows drawn at one time, at most.
       step: Checkpoint of the decoder; None: the latest.
+      mesh: As for `weights`.
 
     Raises:
-      UserError: if something of it is missing.
+      UserError: if something of it is missing, or does not fit the mesh.
     """
     run = pathlib.Path(run)
     if not (run / "recipe.json").is_file():
@@ -56,8 +57,32 @@ def load(run, batch: int = 16, step: int | None = None) -> "Generator":
     recipe = configs.load(run / "recipe.json")
     text, image = texts.load(run / "text"), images.load(run / "image")
     model = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
-    params = jax.tree.map(jnp.asarray, checkpoint.load_params(run / "decoder", step=step))
-    return of(recipe, model, params, text, image, batch)
+    return of(recipe, model, weights(run, recipe, step, mesh), text, image, batch)
+
+
+def weights(run, recipe: configs.Recipe, step: int | None = None, mesh: configs.Mesh | None = None):
+    """Return a run's decoder on this host's devices, sharded as in training, each array in the type of its file.
+
+    Args:
+      step: Checkpoint of the decoder; None: the latest.
+      mesh: How the devices are laid out; None: as in the recipe's training, or where that takes more devices than are
+        here, all of them along fsdp.
+
+    Raises:
+      UserError: if the mesh does not fit the devices, the model the mesh, or the checkpoint the model.
+    """
+    model = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
+    boxed = jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0))
+    placed = sharding.shardings(_mesh(recipe, mesh), boxed, strict="")
+    target = jax.tree.map(lambda x, s: x.update(sharding=s), sharding.unbox(boxed), placed)
+    return checkpoint.load_params(pathlib.Path(run) / "decoder", step=step, target=target, stored=True)
+
+
+def _mesh(recipe: configs.Recipe, asked: configs.Mesh | None) -> jax.sharding.Mesh:
+    devices, trained = jax.local_devices(), recipe.decoder.training.mesh
+    needed = np.prod([max(1, size) for size in dataclasses.astuple(trained)])
+    own = trained if needed <= len(devices) else configs.Mesh()
+    return sharding.mesh(own if asked is None else asked, devices)
 
 
 def identity(run, step: int | None = None) -> tuple[int, str]:
@@ -85,9 +110,9 @@ class Generator:
     """A decoder and its two tokenizers.
 
     Attributes:
-      params: Of `model`, unboxed.
+      params: Of `model`, unboxed; if they lie on a mesh, it is drawn there.
       image: A `tokenizers.image.Tokenizer`, or what has its encode, decode, grid and resolution.
-      batch: Rows drawn at one time, at most.
+      batch: Rows drawn at one time, at most; on a mesh the next multiple of the devices that share them.
       picture: `Packing.picture` of the model's training.
       form: How documents are written; the prompts here are CM3Leon's, those of `sample.turns` Chameleon's.
     """
@@ -106,6 +131,11 @@ class Generator:
         """Codes of one picture."""
         h, w = self.image.grid
         return h * w
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The devices that the parameters are laid out on; None: one, or wherever they are."""
+        return sharding.mesh_of(self.params)
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
@@ -324,6 +354,7 @@ class Generator:
         steps = -(-max(counts, default=1) // quarter) * quarter  # at most four programs, whatever the regions
         state = grammar.start([grammar.CODES] * len(prompts), left=np.array(counts))
         rules = grammar.pictures(self.vocab, self.text.size, self.codes)
+        sampling = dataclasses.replace(sampling, repetition_penalty=1.0)  # which is of words
         drawn = self._draw(rules, prompts, state, steps, seed, sampling, numbers, name)
         return [(ids.astype(np.int64) - self.vocab.image_start).astype(np.uint16) for ids in drawn]
 
@@ -369,7 +400,8 @@ class Generator:
         if not prompts:
             return []
         numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
-        size = min(self.batch, 1 << (len(prompts) - 1).bit_length())
+        size, shares = min(self.batch, 1 << (len(prompts) - 1).bit_length()), sharding.shares(self.mesh)
+        size = -(-size // shares) * shares
         length = decode.bucket(max(len(ids) for p in prompts for ids, _ in p.streams(3)))
         drawn = []
         for first in range(0, len(prompts), size):
@@ -389,18 +421,20 @@ class Generator:
         by_stream = list(zip(*(p.streams(decode.streams(sampling, pictured)) for p in chosen), strict=True))
         streams = [[ids for ids, _ in stream] for stream in by_stream]
         hidden = [[codes for _, codes in stream] for stream in by_stream]
-        out = decode.decode(
-            self.model,
-            rules,
-            decode.kind(sampling),
-            steps,
-            self.params,
-            decode.pad(streams, length, hidden, self.vocab, first, [p.retrieved for p in chosen], self.picture),
-            state,
-            decode.settings(sampling, numbers, pictured),
-            _forced(chosen, steps),
-            rng.rows(rng.key(seed, name), jnp.asarray(numbers)),
-        )
+        padded = decode.pad(streams, length, hidden, self.vocab, first, [p.retrieved for p in chosen], self.picture)
+        with sharding.within(self.mesh):
+            out = decode.decode(
+                self.model,
+                rules,
+                decode.kind(sampling),
+                steps,
+                self.params,
+                padded,
+                state,
+                decode.settings(sampling, numbers, pictured),
+                _forced(chosen, steps),
+                rng.rows(rng.key(seed, name), jnp.asarray(numbers)),
+            )
         ids, lengths = np.asarray(out.ids), np.asarray(out.lengths)
         return [ids[i, : lengths[i]] for i in np.flatnonzero(rows < len(prompts))]
 
