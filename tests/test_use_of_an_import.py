@@ -9,7 +9,8 @@ import pytest
 import talking_run
 from PIL import Image
 
-from cm3jax import checkpoint, cli, config, foreign, trees
+from cm3jax import checkpoint, cli, foreign, trees
+from cm3jax import run as runs
 from cm3jax.tokenizers import turns
 from cm3jax.vocab import EOD
 
@@ -23,11 +24,8 @@ def imported(tmp_path_factory):
     """A run folder as an import leaves it."""
     run = talking_run.make(tmp_path_factory.mktemp("imported"))
     recipe = talking_run.RECIPE
-    foreign.record(run, "text", {"vocab": {"text": recipe.vocab.text}}, "elsewhere")
-    made = {"image": {"model": config.to_json(recipe.image.model)}, "vocab": {"image": recipe.vocab.image}}
-    foreign.record(run, "image", made, "elsewhere")
-    made = {name: config.to_json(getattr(recipe.decoder, name)) for name in ("model", "packing", "mask")}
-    foreign.record(run, "decoder", {"decoder": made}, "elsewhere")
+    for name in ("text", "image", "decoder"):
+        runs.taken(run, name, runs.decided(recipe, name), "elsewhere")
     (run / foreign.ABOUT).write_text("{}")
     return run
 
