@@ -65,7 +65,9 @@ def of(recipe: configs.Recipe, model: decoder.Decoder, params, text, image, batc
     from cm3jax.sample import turns  # which stands on this file
 
     kind = {"cm3leon": Generator, "chameleon": turns.Generator}[recipe.form.kind]
-    return kind(model, params, recipe.vocab, text, image, batch, recipe.decoder.packing.picture, recipe.form)
+    return kind(
+        model, decoder.apart(params), recipe.vocab, text, image, batch, recipe.decoder.packing.picture, recipe.form
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Generator:
     """A decoder and its two tokenizers.
 
     Attributes:
-      params: Of `model`, unboxed.
+      params: Of `model`, unboxed, as `decoder.apart` gives them.
       image: A `tokenizers.image.Tokenizer`, or what has its encode, decode, grid and resolution.
       batch: Rows drawn at one time, at most.
       picture: `Packing.picture` of the model's training.
