@@ -200,7 +200,7 @@ class Prepare:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Train a sentencepiece BPE on the captions of the training split."""
+    """Train a sentencepiece BPE on the captions of a data set."""
 
     sample: int = 1_000_000
     """Captions to train on, at most."""
@@ -208,11 +208,15 @@ class Text:
     """Share of the text whose characters get a piece of their own; rarer ones are written as bytes."""
     seed: int = 0
     """Of the choice of `sample` captions."""
+    splits: tuple[str, ...] = later(("train",))
+    """Whose texts it is trained on."""
 
     def __post_init__(self):
         within(self, "text", 1, math.inf, "sample")
         within(self, "text", 0, 1, "character_coverage")
         within(self, "text", 0, SEEDS - 1, "seed")
+        if not self.splits or {"test", "validation"} & set(self.splits):
+            raise ValueError(f"text.splits = {self.splits}: must be one or more, without validation and test")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -285,25 +285,25 @@ def write(found: sources.Source, plan: Plan, run: pathlib.Path, digest: str) -> 
     origin = f"{found.path} ({digest[:16]})"
     if found.kind == plain.FORMAT:
         for part in copied(found.path, run):
-            record(run, part, _told(plan.recipe, part), origin)
+            runs.taken(run, part, runs.decided(plan.recipe, part), origin)
     elif plan.decoder:
         (run / "text").mkdir()
         shutil.copyfile(found.tokenizer, run / "text" / text.PUBLISHED)
         chameleon_vocab.save(run / "text" / text.ORDER, plan.order)
         text.load(run / "text")  # what a run will open must open
-        record(run, "text", _told(plan.recipe, "text"), origin)
+        runs.taken(run, "text", runs.decided(plan.recipe, "text"), origin)
     if plan.decoder:
         params = flax.traverse_util.unflatten_dict(plan.decoder, sep="/")
         streamed.save(run / "decoder", 0, params, {"identity": {"name": "decoder"}, "seconds": 0.0})
-        record(run, "decoder", _told(plan.recipe, "decoder"), origin)
+        runs.taken(run, "decoder", runs.decided(plan.recipe, "decoder"), origin)
     if plan.image:
         params = vqgan.read(found.image, plan.image, where=str(found.path))
         vqgan.save(run / "image", plan.image, params)
-        record(run, "image", _told(plan.recipe, "image"), origin)
+        runs.taken(run, "image", runs.decided(plan.recipe, "image"), origin)
     if plan.clip:
         folder = _folder(found.path)
         encoder.save(run / "retriever", *weights.read(folder, _Opened(found.clip)), tokenizers.load(folder))
-        record(run, "retriever", _told(plan.recipe, "retriever"), origin)
+        runs.taken(run, "retriever", runs.decided(plan.recipe, "retriever"), origin)
     told = {name: value for name, value in found.about.items() if name != "vocabulary_map"}  # tokenizer.json has it
     about = {"layout": found.layout, "sha256": digest, "source": str(found.path), "config": told}
     about["files"] = sorted(os.path.relpath(path, _folder(found.path)) for path in set(found.files))
@@ -315,16 +315,6 @@ def write(found: sources.Source, plan: Plan, run: pathlib.Path, digest: str) -> 
     stages.write_text(run / "recipe.json", json.dumps(config.to_json(plan.recipe), indent=1) + "\n")
 
 
-def _told(recipe: config.Recipe, name: str) -> dict[str, Any]:
-    """Return the settings of a stage that an import decides."""
-    if name == "text":
-        return {"vocab": {"text": recipe.vocab.text}}
-    fields = ("model", "packing", "mask") if name == "decoder" else ("model",)
-    section = getattr(recipe, name)
-    told: dict[str, Any] = {name: {field: config.to_json(getattr(section, field)) for field in fields}}
-    return told | ({"vocab": {"image": recipe.vocab.image}} if name == "image" else {})
-
-
 def copied(source: pathlib.Path, out: pathlib.Path) -> list[str]:
     """Copy the finished files of a run's tokenizers and retriever; return the folders that there are."""
     found = [part for part in PARTS if (source / part).is_dir()]
@@ -334,16 +324,6 @@ def copied(source: pathlib.Path, out: pathlib.Path) -> list[str]:
             if path.is_file() and stages.counts(path.relative_to(source)):
                 shutil.copyfile(path, out / part / path.name)
     return found
-
-
-def record(run: pathlib.Path, name: str, settings: dict[str, Any], origin: str) -> None:
-    """Write the stage.json of an imported stage."""
-    stage = runs.STAGES[name]
-    files = stages.files(run, stage.output)
-    result = stages.fingerprint(run, files)
-    digest = config.digest(stages.significant(settings))
-    made = stages.Record(settings, digest, {}, True, result, files, imported=origin)
-    stages.write(stage.folder(run), made)
 
 
 # ----------------------------------------------------------------------------------------------------------------- out

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -78,12 +79,12 @@ def prepare(recipe: Recipe, run: pathlib.Path) -> None:
 
 
 def text(recipe: Recipe, run: pathlib.Path) -> None:
-    """Captions of the training split -> text/tokenizer.model."""
+    """Texts of the splits that the recipe names -> text/tokenizer.model."""
     from cm3jax.data import index, shards
     from cm3jax.tokenizers import text
 
     index.check(run / "prepared", HOW["prepare"].format(run=run))
-    reader = shards.Reader(run / "prepared", "train")
+    reader = shards.Reader(run / "prepared", *recipe.text.splits)
     texts = (part for i in range(len(reader)) for part in shards.texts(reader.read_bytes(i)))
     tokenizer = text.train(texts, recipe.vocab.text, run / "text" / "tokenizer.model", recipe.text)
     say(f"text: {tokenizer.size} entries of at most {recipe.vocab.text}")
@@ -303,6 +304,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     say(f"decoder: attention by {resolved.model.attention} on {device.device_kind}")
     start = pathlib.Path(stage.start) / STAGES["decoder"].output
     if stage.start:
+        same_tokenizers(recipe, run)
         say(f"decoder: begins with the weights in {start}")
     loop.train(
         lm.task(resolved, vocab),
@@ -324,7 +326,7 @@ def check_set(folder: pathlib.Path, own: pathlib.Path) -> None:
     mine, record = stages.read(own), stages.read(folder)
     if record is None or not record.complete:
         raise UserError(f"token set {str(folder)!r}: no finished tokens/ folder of a run; cm3jax encode RUN makes one")
-    for name in ("text", "image"):
+    for name in TOKENIZERS:
         if record.inputs.get(name) != mine.inputs.get(name):
             raise UserError(
                 f"token set {str(folder)!r}: made with another {name} tokenizer than {str(own)!r}; make it again with"
@@ -437,6 +439,8 @@ def run(recipe: Recipe, folder, redo: str = "", only: str = "") -> pathlib.Path:
             if redo:  # only now: a command that is refused deletes nothing
                 forget(folder, redo)
             stages.write_text(folder / "recipe.json", json.dumps(config.to_json(recipe), indent=1) + "\n")
+            if recipe.decoder.start and not only:
+                take_tokenizers(recipe, folder)
         hosts.barrier("the run folder is ready")
         for i, name in enumerate(names):
             bring(STAGES[name], recipe, folder, f"[{i + 1}/{len(names)}] {name}", again(name, only))
@@ -509,15 +513,66 @@ def refuse_start(recipe: Recipe) -> None:
     where, start = f"decoder.start = {recipe.decoder.start}", pathlib.Path(recipe.decoder.start)
     if not (start / "recipe.json").is_file() or not checkpoint.steps(start / STAGES["decoder"].output):
         raise UserError(f"{where}: no run folder with a decoder; give one that was trained or imported")
-    known, own = config.load(start / "recipe.json"), recipe
-    pairs = [(config.to_json(r.decoder.model) | config.to_json(r.vocab), r) for r in (known, own)]
+    require(TOKENIZERS, start)
+    theirs, ours = (
+        config.to_json(known.decoder.model)
+        | config.to_json(known.vocab)
+        | stages.flatten(config.to_json(known.image.model), "image.model")
+        for known in (config.load(start / "recipe.json"), recipe)
+    )
     kept = {"attention", "remat", "dtype"}  # how the same weights are computed with
-    if odd := [name for name, value in pairs[0][0].items() if name not in kept and pairs[1][0].get(name) != value]:
-        theirs, ours = (settings.get(odd[0]) for settings, _ in pairs)
+    if odd := [name for name, value in theirs.items() if name not in kept and ours.get(name) != value]:
         raise UserError(
-            f"{where}: its {odd[0]} is {theirs!r}, this recipe's {ours!r}; train with {start / 'recipe.json'} as the"
-            " config"
+            f"{where}: its {odd[0]} is {theirs[odd[0]]!r}, this recipe's {ours.get(odd[0])!r}; train with"
+            f" {start / 'recipe.json'} as the config"
         )
+
+
+TOKENIZERS = ("text", "image")
+"""Stages that say what a decoder's ids mean."""
+
+
+def take_tokenizers(recipe: Recipe, folder: pathlib.Path) -> None:
+    """Copy the tokenizers of the run whose decoder training begins with: its weights are good for their ids alone."""
+    start = pathlib.Path(recipe.decoder.start)
+    for name in TOKENIZERS:
+        record = stages.read(STAGES[name].folder(start))
+        if stages.read(STAGES[name].folder(folder)):
+            continue
+        for file in record.files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(start / file, folder / file)
+        taken(folder, name, decided(recipe, name), recipe.decoder.start)
+
+
+def decided(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return the settings of a stage that its files decide, by whatever they were trained."""
+    if name == "text":
+        return {"vocab": {"text": recipe.vocab.text}}
+    fields = ("model", "packing", "mask") if name == "decoder" else ("model",)
+    section = getattr(recipe, name)
+    found: dict[str, Any] = {name: {field: config.to_json(getattr(section, field)) for field in fields}}
+    return found | ({"vocab": {"image": recipe.vocab.image}} if name == "image" else {})
+
+
+def taken(folder: pathlib.Path, name: str, settings: dict[str, Any], origin: str) -> None:
+    """Write the stage.json of a stage whose files come from elsewhere."""
+    files = stages.files(folder, STAGES[name].output)
+    result, digest = stages.fingerprint(folder, files), config.digest(stages.significant(settings))
+    made = stages.Record(settings, digest, {}, True, result, files, imported=origin)
+    stages.write(STAGES[name].folder(folder), made)
+
+
+def same_tokenizers(recipe: Recipe, folder: pathlib.Path) -> None:
+    """Raise UserError unless a run's tokens were made with the tokenizers of the run that training begins with."""
+    start, made = pathlib.Path(recipe.decoder.start), stages.read(STAGES["tokens"].folder(folder))
+    for name in TOKENIZERS:
+        record = stages.read(STAGES[name].folder(start))
+        if record is None or record.result != made.inputs.get(name):
+            raise UserError(
+                f"decoder.start = {recipe.decoder.start}: its {name} tokenizer is not the one of {folder}; train in a"
+                f" folder that has both of {start}'s tokenizers: cm3jax run makes one"
+            )
 
 
 def refuse_weights(stage: config.Retriever) -> None:

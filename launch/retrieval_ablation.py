@@ -12,7 +12,7 @@ and the same first prompts of `test` and `composition` are drawn by both. What i
 - the Frechet distance of the drawn pictures to those of the prompts, in the trained retriever's features;
 - `found`: how often the shown documents show what the prompt asks for, under this or another name. The row `told` draws
   with the first document of the bank that has the very name, whoever found it: what is lost between it and retrieval is
-  the retriever's.
+  the retriever's. By kind, and among the first 1, 2, 4 and 8 documents, it is measured once, before any decoder.
 
 What is there is not made again: the same command continues. Every phase is a process of its own.
 """
@@ -39,6 +39,8 @@ SPLITS = ("test", "composition")
 BANK = ("bank", "late")
 """Splits of the memory that is drawn with."""
 TOLD = "told"
+DEPTHS = (1, 2, 4, 8)
+"""Documents among which the asked for is looked for."""
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -120,6 +122,36 @@ def truth(record):
     return world.from_json(record.fields["scene"])
 
 
+def asked(work: pathlib.Path, split: str, count: int):
+    """Return the first `count` records of a split, their captions and their scenes."""
+    from cm3jax.data import shards
+
+    reader = shards.Reader(work / "shared" / "prepared", split)
+    if len(reader) < count:
+        raise UserError(f"--prompts {count}: {split} has {len(reader)}")
+    records = [reader[i] for i in range(count)]
+    return records, [r.parts[0] for r in records], [truth(r) for r in records]
+
+
+def finds(work: pathlib.Path, count: int) -> dict:
+    """Return {kind: {"1": share found in the first document, ...}} of what only a memory shows."""
+    from cm3jax.retrieval import memory as memories
+
+    recipe = configs.load(work / "memory" / "recipe.json")
+    memory, ranks = memories.load(work / "memory", recipe.evaluate.batch), {}
+    for split in SPLITS:
+        _, captions, prompts = asked(work, split, count)
+        found = memory.find(texts=captions, count=max(DEPTHS), seed=0)
+        for scene, row in zip(prompts, found, strict=True):
+            have = [looks(truth(memory.record(document))) for document in row]
+            for thing, (kind, what) in zip(scene.objects, things(scene), strict=True):
+                if kind != "common":
+                    look = thing.looks if thing.name else what
+                    rank = next((i for i, each in enumerate(have) if look in each), max(DEPTHS))
+                    ranks.setdefault(kind, []).append(rank)
+    return {kind: {str(n): float(np.mean(np.array(at) < n)) for n in DEPTHS} for kind, at in ranks.items()}
+
+
 def shown(memory, captions, prompts, documents: str, seed: int):
     """Return for each prompt the documents before it: what the memory finds, or the first that shows what is asked.
 
@@ -147,7 +179,7 @@ def shown(memory, captions, prompts, documents: str, seed: int):
 
 def measure(work: pathlib.Path, name: str, seed: int, split: str, documents: str, count: int) -> dict:
     """Draw the first `count` prompts of a split and return what came of them."""
-    from cm3jax.data import scenes, shards
+    from cm3jax.data import scenes
     from cm3jax.evaluate import frechet
     from cm3jax.evaluate import scenes as judges
     from cm3jax.retrieval import memory as memories
@@ -156,12 +188,8 @@ def measure(work: pathlib.Path, name: str, seed: int, split: str, documents: str
     recipe = configs.load(work / "memory" / "recipe.json")
     memory = memories.load(work / "memory", recipe.evaluate.batch)
     generator = generate.load(work / f"{name}-{seed}", recipe.evaluate.batch)
-    reader = shards.Reader(work / "shared" / "prepared", split)
-    if len(reader) < count:
-        raise UserError(f"--prompts {count}: {split} has {len(reader)}")
-    records = [reader[i] for i in range(count)]
-    captions, real = [r.parts[0] for r in records], np.stack([r.parts[1] for r in records])
-    prompts = [truth(record) for record in records]
+    records, captions, prompts = asked(work, split, count)
+    real = np.stack([record.parts[1] for record in records])
     before, ids = shown(memory, captions, prompts, documents, seed)
     start = time.monotonic()
     drawn = generator.text_to_image(captions, seed, recipe.evaluate.draw[0], ids)
@@ -174,16 +202,16 @@ def measure(work: pathlib.Path, name: str, seed: int, split: str, documents: str
         for i, (kind, _) in enumerate(things(stated)):
             of[kind] += 1
             right[kind] += i in hits
-    asked = [
+    pairs = [
         (looks(p), {look for scene in row for look in looks(scene)}) for p, row in zip(prompts, before, strict=True)
     ]
-    asked = [(want, have) for want, have in asked if want]
+    pairs = [(want, have) for want, have in pairs if want]
     features = [frechet.moments(memory.encoder.features(pictures)) for pictures in (drawn, real)]
     return {
         **judges.summary([judges.score(a, b) for a, b in zip(prompts, read, strict=True)]),
         "right": {kind: right[kind] / of[kind] for kind in KINDS if of[kind]},
         "of": of,
-        "found": sum(want <= have for want, have in asked) / len(asked) if asked and ids else 0.0,
+        "found": sum(want <= have for want, have in pairs) / len(pairs) if pairs and ids else 0.0,
         "frechet": frechet.distance(*features),
         "seconds": round(seconds, 1),
     }
@@ -234,9 +262,12 @@ def plot(found: dict) -> str:
     return curves.figure("What retrieval brings", "documents retrieved", "drawn right", lines)
 
 
-def table(found: dict) -> str:
+def table(found: dict, retriever: dict) -> str:
     """Return the means and spreads as lines for a person."""
-    lines = []
+    lines = [
+        f"the retriever finds {kind}: " + ", ".join(f"{share:.3f} in {n}" for n, share in row.items())
+        for kind, row in retriever.items()
+    ]
     for split, ways in found.items():
         for way, figures in ways.items():
             shown = ", ".join(f"{f} {m:.3f} ({low:.3f}-{high:.3f})" for f, (m, low, high) in figures.items())
@@ -268,7 +299,10 @@ def main() -> None:
     if arguments.phase:
         return one(work, recipe, arguments.prompts, *arguments.phase)
     phase(arguments, "share")
-    results = {}
+    results, path = {}, arguments.work / "scores" / f"finds-{arguments.prompts}.json"
+    if not path.is_file():
+        phase(arguments, "finds")
+    retriever = json.loads(path.read_text())
     for seed in arguments.seeds:
         for name in ("with", "without"):
             phase(arguments, "train", name, str(seed))
@@ -278,9 +312,9 @@ def main() -> None:
             phase(arguments, "draw", *map(str, row))
         results[row] = json.loads(path.read_text())
     found = spread(results)
-    print(table(found))
+    print(table(found, retriever))
     if arguments.json:
-        facts = {"prompts": arguments.prompts, "seeds": arguments.seeds, "spread": found}
+        facts = {"prompts": arguments.prompts, "seeds": arguments.seeds, "finds": retriever, "spread": found}
         each = [dict(zip(("arm", "seed", "split", "documents"), row, strict=True)) | r for row, r in results.items()]
         arguments.json.write_text(json.dumps(facts | {"each": each}, indent=1) + "\n")
     if arguments.plot:
@@ -292,6 +326,8 @@ def one(work: pathlib.Path, recipe: configs.Recipe, count: int, what: str, *word
         return share(work, recipe)
     if what == "train":
         return train(work, recipe, words[0], int(words[1]))
+    if what == "finds":
+        return put(work / "scores" / f"finds-{count}.json", finds(work, count))
     name, seed, split, documents = words
     put(result(work, words, count), measure(work, name, int(seed), split, documents, count))
 

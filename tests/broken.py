@@ -347,7 +347,11 @@ SOURCES = [
     Case("braces without end", lambda root: str(root / "{0..99999}-{0..99999}.tar"), "limit 100000"),
     Case("a compressed source", lambda root: str(root / "a.tar.gz"), "compressed; unpack it to .tar first"),
     Case("an address", lambda _: "https://example.com/a.tar", "download it first"),
-    Case("a level of scenes", lambda _: "scenes:hard", "use scenes:easy, scenes:full, scenes:rare or scenes:tasks"),
+    Case(
+        "a level of scenes",
+        lambda _: "scenes:hard",
+        "use scenes:easy, scenes:full, scenes:rare, scenes:captions or scenes:tasks",
+    ),
     Case("no tfds set", lambda root: {"source": "tfds:no_such_set", "tfds_dir": str(root)}, "tensorflow.org/datasets"),
     Case("a resolution of 0", setting(resolution=0), "prepare.resolution = 0: must be from 1 to 4096 pixels"),
     Case("a negative count", setting(count=-1), "prepare.count = -1: must be 0"),

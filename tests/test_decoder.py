@@ -100,6 +100,16 @@ def test_cached_equals_uncached_with_prompts_of_unequal_length(config):
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_weights_apart_are_the_same_weights(config):
+    model, params, ids, positions, segments = build(config)
+    run = jax.jit(lambda params, cache: model.apply({"params": params}, ids, positions, segments, cache)[0])
+    apart, cache = decoder.apart(params), decoder.init_cache(config, B, T)
+    assert trees.size(apart) == trees.size(params)
+    np.testing.assert_allclose(run(apart, None), run(params, None), atol=1e-5)
+    np.testing.assert_allclose(run(apart, cache), run(params, cache), atol=1e-6)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_a_segment_sees_only_itself(config):
     model, params, ids, positions, _ = build(config)
     segments = jnp.where(jnp.arange(T) < 6, 1, 2)[None].repeat(B, 0)

@@ -95,3 +95,12 @@ def test_only_allowed_ids_are_drawn_whatever_the_logits():
     for allowed in np.eye(4, dtype=bool):
         drawn = filters.draw(logits, jnp.tile(allowed, (5, 1)), jax.random.split(jax.random.key(0), 5))
         np.testing.assert_array_equal(drawn, np.argmax(allowed))
+
+
+def test_the_best_is_what_temperature_zero_draws():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 9)).round(1), jnp.float32)
+    allowed = jnp.asarray(np.random.default_rng(1).random((50, 9)) < 0.5).at[:, 3].set(True)
+    masked = jnp.where(allowed, logits, -jnp.inf)
+    drawn = filters.draw(filters.temper(masked, jnp.zeros(50)), allowed, jax.random.split(jax.random.key(0), 50))
+    assert jnp.array_equal(filters.best(masked, allowed), drawn)
+    assert jnp.array_equal(filters.best(jnp.full((50, 9), jnp.nan), allowed), allowed.argmax(-1))

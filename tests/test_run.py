@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cm3jax import config, run, stages
+from cm3jax import checkpoint, config, run, stages
 from cm3jax.data import shards
 from cm3jax.types import UserError
 
@@ -268,3 +268,56 @@ def test_the_report_goes_when_a_stage_is_made_again(toy, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run.run(RECIPE, tmp_path, redo="decoder")
     assert not (tmp_path / "report.json").exists()
+
+
+# ------------------------------------------------------------------------------------------ beginning with another run
+
+
+@pytest.fixture
+def first(toy, tmp_path, monkeypatch):
+    """A finished run that another begins with; its folder."""
+    run.run(RECIPE, tmp_path / "first")
+    monkeypatch.setattr(checkpoint, "steps", lambda folder: [1] if folder.is_dir() else [])
+    toy.clear()
+    return tmp_path / "first"
+
+
+def begun(first, **changes):
+    decoder = dataclasses.replace(RECIPE.decoder, start=str(first))
+    return dataclasses.replace(RECIPE, decoder=decoder, **changes)
+
+
+def test_a_run_that_begins_with_another_takes_its_tokenizers(toy, first, tmp_path):
+    more = dataclasses.replace(RECIPE.image, training=config.Training(steps=3))  # of no matter: it is not trained
+    recipe = begun(first, image=more)
+    run.run(recipe, tmp_path / "second")
+    assert toy == ["prepare", "tokens", "decoder", "evaluate"]
+    for name in ("text", "image"):
+        assert (tmp_path / "second" / name / "result").read_text() == (first / name / "result").read_text()
+        record = stages.read(tmp_path / "second" / name)
+        assert record.imported == str(first) and record.result == stages.read(first / name).result
+    run.same_tokenizers(recipe, tmp_path / "second")
+    toy.clear()
+    run.run(recipe, tmp_path / "second")
+    assert toy == []
+
+
+def test_tokenizers_of_another_kind_are_refused_before_any_work(toy, first, tmp_path):
+    model = dataclasses.replace(RECIPE.image.model, width=32)
+    recipe = begun(first, image=dataclasses.replace(RECIPE.image, model=model))
+    with pytest.raises(UserError, match=r"its image\.model\.width is 128, this recipe's 32"):
+        run.run(recipe, tmp_path / "second")
+    (first / "image" / "result").unlink()
+    with pytest.raises(UserError, match="result"):
+        run.run(begun(first), tmp_path / "second")
+    assert toy == [] and not (tmp_path / "second" / "recipe.json").exists()
+
+
+def test_tokens_of_other_tokenizers_are_refused(toy, first, tmp_path):
+    run.run(dataclasses.replace(RECIPE, prepare=config.Prepare(source="scenes:easy", count=200)), tmp_path / "other")
+    run.same_tokenizers(begun(first), tmp_path / "other")
+    record = stages.read(tmp_path / "other" / "tokens")
+    record.inputs["image"] = "another"
+    stages.write(tmp_path / "other" / "tokens", record)
+    with pytest.raises(UserError, match="its image tokenizer is not the one of"):
+        run.same_tokenizers(begun(first), tmp_path / "other")

@@ -386,3 +386,38 @@ def test_the_other_levels_give_the_records_that_they_always_gave(level, wanted):
             one = scenes.record(level, 0, i, split, 64)
             state.update(repr((one.key, one.parts[0], one.fields, one.regions)).encode() + one.parts[1].tobytes())
     assert state.hexdigest()[:16] == wanted
+
+
+# --------------------------------------------------------------------------------------------------------- pretraining
+
+
+def pairs(split, count):
+    return [scenes.record(world.CAPTIONS, 0, i, split, 48) for i in range(count)]
+
+
+def test_captions_are_scenes_and_what_tasks_show_beside_them():
+    found = pairs("train", 2 * 2 * len(scenes_tasks.OTHERS))
+    plain, others = found[::2], found[1::2]
+    for one in plain:
+        truth = scenes_tasks.from_json(one.fields["truth"])
+        assert judges.score(truth, {"caption": one.parts[0]}).whole
+        assert scenes.recognise(one.parts[1], "tasks").objects and world.home(truth.scene) == "train"
+    assert {one.fields["task"] for one in others} == {"picture"} and not any("scene" in one.fields for one in others)
+    assert len({one.fields["shows"] for one in others}) == len(scenes_tasks.OTHERS)
+    words = [one for one in others if one.fields["shows"] == "words image"]
+    assert all(one.parts[0] == f'the word "{scenes_tasks_read.word(one.parts[1])}"' for one in words)
+
+
+def test_no_caption_shows_what_another_split_holds():
+    for split in ("validation", "test", "composition"):
+        scenes_shown = [world.from_json(one.fields["scene"]) for one in pairs(split, 40)[::2]]
+        assert {world.home(scene) for scene in scenes_shown} == {split}
+
+
+def test_texts_have_the_words_of_instructions_and_no_picture():
+    found = pairs(world.TEXTS, 15)
+    assert all(len(one.parts) == 1 for one in found)
+    assert [one.parts[0] for one in found] == [
+        "\n".join(p for p in scenes.record("tasks", 0, i, "train", 24).parts if isinstance(p, str)) for i in range(15)
+    ]
+    assert sources.open(config.Prepare(source="scenes:captions", count=30)).size(world.TEXTS) == 15

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cm3jax import checkpoint, cli, config, foreign, trees
+from cm3jax import run as runs
 from cm3jax.evaluate import protocol
 from cm3jax.interop import chameleon_vocab
 from cm3jax.nn import decoder
@@ -31,11 +32,8 @@ def imported(tmp_path_factory):
     """A run folder as an import leaves it."""
     run = talking_run.make(tmp_path_factory.mktemp("imported"))
     recipe = talking_run.RECIPE
-    foreign.record(run, "text", {"vocab": {"text": recipe.vocab.text}}, "elsewhere")
-    made = {"image": {"model": config.to_json(recipe.image.model)}, "vocab": {"image": recipe.vocab.image}}
-    foreign.record(run, "image", made, "elsewhere")
-    made = {name: config.to_json(getattr(recipe.decoder, name)) for name in ("model", "packing", "mask")}
-    foreign.record(run, "decoder", {"decoder": made}, "elsewhere")
+    for name in ("text", "image", "decoder"):
+        runs.taken(run, name, runs.decided(recipe, name), "elsewhere")
     (run / foreign.ABOUT).write_text("{}")
     return run
 

@@ -45,10 +45,10 @@ def recognise_all(pictures: np.ndarray, level: str) -> list[Scene]:
 def record(level: str, seed: int, index: int, split: str, resolution: int) -> Record:
     """Return one caption-picture pair with its ground truth in `fields["scene"]` (JSON) and one region per object.
 
-    Of the level "tasks": a task's document (`scenes_tasks.record`).
+    Of the level "tasks": a task's document (`scenes_tasks.record`); of "captions": `scenes_tasks.pair`.
     """
-    if level == scenes_world.TASKS:
-        return scenes_tasks.record(seed, index, split, resolution)
+    if level in scenes_tasks.RECORDS:
+        return scenes_tasks.RECORDS[level](seed, index, split, resolution)
     scene = sample(level, seed, index, split)
     text = caption(scene, scenes_world.stream(level, seed, index, split, "caption"))
     scene = scenes_world.shown(scene, split)

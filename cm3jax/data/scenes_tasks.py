@@ -10,6 +10,10 @@ Record i of a split is of task i mod 15, in that task's next wording. `fields["t
 counts, `fields["truth"]` is `Truth` as JSON, and of what shows a scene `fields["scene"]` is that scene, as in the other
 levels. What the splits are is as there: contents are hashed, those of both scenes of an edit; the composition split
 has the held-out pairs of shape and colour (an edit at least behind it), and words and figures of its own eighth.
+
+`scenes:captions` is what a model sees before it is tuned: the same pictures with captions and no instruction (`pair`).
+The split `texts` has what is written in the tasks' documents, without pictures: a text tokenizer has seen more of the
+world than captions, and would else spell the instructions.
 """
 
 import dataclasses
@@ -392,3 +396,46 @@ def record(seed: int, index: int, split: str, resolution: int) -> Record:
         source=f"scenes:{LEVEL}",
         split=split,
     )
+
+
+OTHERS = (
+    *((task, "feature_image", f"{words} of {{caption}}") for task, (words, _) in table.FEATURES.items()),
+    ("pose", "image", "{caption}"),
+    ("words", "image", 'the word "{text}"'),
+)
+"""Pictures beside scenes: (task that draws it, its field, its caption)."""
+
+
+def pair(seed: int, index: int, split: str, resolution: int) -> Record:
+    """Return a picture with a caption, as pretraining has them; the same arguments always give the same.
+
+    Every other one is a scene, a document of the task "caption" in its plain wording. The rest is what other tasks show
+    beside scenes: feature images, figures and words, captioned as pictures are, without the scenes that they go with.
+    """
+    world.check(world.CAPTIONS, split)
+    key = f"scenes-{world.CAPTIONS}-{seed}-{split}-{index}"
+    if split == world.TEXTS:
+        found = record(seed, index, "train", world.LATTICE)
+        words = "\n".join(part for part in found.parts if isinstance(part, str))
+        return dataclasses.replace(found, key=key, parts=(words,), fields={"task": "text"}, regions=(), split=split)
+    turn, other = divmod(index, 2)
+    task, field, caption = OTHERS[turn % len(OTHERS)] if other else ("caption", "image", "{caption}")
+    truth, values = MAKERS[task](world.stream(world.CAPTIONS, seed, index, split, "pair"), split, resolution)
+    shown = {"caption": caption.format(**values), "image": values[field]}
+    parts, regions = templates.make("caption", shown, 0)
+    fields: dict[str, Any] = {"task": "picture", "shows": f"{task} {field}"}
+    if not other:
+        fields = {"task": task, "wording": 0, "truth": to_json(truth), "scene": world.to_json(truth.scene)}
+    return Record(
+        key=key,
+        parts=parts,
+        fields=fields,
+        regions=regions,
+        license="Apache-2.0",
+        source=f"scenes:{LEVEL}",
+        split=split,
+    )
+
+
+RECORDS = {LEVEL: record, world.CAPTIONS: pair}
+"""Level -> f(seed, index, split, resolution), which gives its documents."""

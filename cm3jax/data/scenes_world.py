@@ -47,8 +47,10 @@ import numpy as np
 from cm3jax.types import UserError
 
 LEVELS = ("easy", "full", "rare")
-TASKS = "tasks"
-"""A level of its own kind, whose documents are those of `scenes_tasks`; its scenes are drawn there."""
+TASKS, CAPTIONS = "tasks", "captions"
+"""Levels of their own kind, whose documents are those of `scenes_tasks`: what tuning and what pretraining sees."""
+TEXTS = "texts"
+"""captions: the split of texts without pictures, for the text tokenizer alone."""
 GRID = ("easy", "rare", TASKS)
 """Levels whose objects lie in quarters and in no other place."""
 SPLITS = ("train", "validation", "test", "composition")
@@ -182,13 +184,13 @@ def box(level: str, thing: Object) -> tuple[float, float, float, float]:
 
 def splits(level: str) -> tuple[str, ...]:
     """Return the names of a level's splits."""
-    return (*SPLITS, *CATALOGUE, WEB) if level == "rare" else SPLITS
+    return (*SPLITS, *{"rare": (*CATALOGUE, WEB), CAPTIONS: (TEXTS,)}.get(level, ()))
 
 
 def check(level: str, split: str = "train") -> None:
     """Raise UserError unless `level` and `split` exist."""
-    if level not in (*LEVELS, TASKS):
-        known = ", ".join(f"scenes:{k}" for k in (*LEVELS, TASKS))
+    if level not in (*LEVELS, TASKS, CAPTIONS):
+        known = ", ".join(f"scenes:{k}" for k in (*LEVELS, TASKS, CAPTIONS))
         raise UserError(f"scenes:{level}: no such level; choose one of {known}")
     if split not in splits(level):
         raise UserError(f"split {split!r}: scenes have the splits {', '.join(splits(level))}")

@@ -18,8 +18,8 @@ from cm3jax.data.example import Example, Reject
 from cm3jax.types import UserError
 
 KINDS = (
-    "scenes:easy, scenes:full, scenes:rare, scenes:tasks, tfds:NAME, set:NAME:FOLDER, a folder with metadata.jsonl or"
-    " metadata.csv, or WebDataset tars such as 'data/{00000..00009}.tar'"
+    "scenes:easy, scenes:full, scenes:rare, scenes:captions, scenes:tasks, tfds:NAME, set:NAME:FOLDER, a folder with"
+    " metadata.jsonl or metadata.csv, or WebDataset tars such as 'data/{00000..00009}.tar'"
 )
 
 

@@ -30,7 +30,7 @@ class Scenes:
     def size(self, split: str) -> int:
         if self.level == scenes_world.TASKS and split != "train":
             return EACH * len(scenes_tasks.ORDER)
-        return {"train": self.count, **CATALOGUE}.get(split, HELD_OUT)
+        return {"train": self.count, scenes_world.TEXTS: self.count // 2, **CATALOGUE}.get(split, HELD_OUT)
 
     def fingerprint(self) -> list:
         facts = [self.level, self.seed, self.resolution, self.count, HELD_OUT]
@@ -56,14 +56,14 @@ class Scenes:
 
 
 def open(prepare: config.Prepare) -> Scenes:
-    """Return the source of `scenes:easy`, `scenes:full`, `scenes:rare` or `scenes:tasks`.
+    """Return the source of one level of the embedded world.
 
     Raises:
       UserError: for another level.
     """
     level = prepare.source.partition(":")[2]
-    if level not in (*scenes_world.LEVELS, scenes_world.TASKS):
-        known = "scenes:easy, scenes:full, scenes:rare or scenes:tasks"
+    if level not in (*scenes_world.LEVELS, scenes_world.TASKS, scenes_world.CAPTIONS):
+        known = "scenes:easy, scenes:full, scenes:rare, scenes:captions or scenes:tasks"
         raise UserError(f"source {prepare.source!r}: no such level; use {known}")
-    count = COUNT if level in scenes_world.LEVELS else EACH * MORE * len(scenes_tasks.ORDER)
+    count = EACH * MORE * len(scenes_tasks.ORDER) if level == scenes_world.TASKS else COUNT
     return Scenes(level, prepare.seed, prepare.resolution, prepare.count or count)

@@ -109,11 +109,28 @@ def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) ->
         scores["tasks"], examples["tasks"], each = answers(recipe, artist, run, scores, say)
         for name, task, found in each:
             samples.put(table, f"tasks.{task}", [name], [found])
+    if recipe.decoder.start:
+        scores["start"] = begun(recipe, artist, run, measure, splits, say)
     step, weights = generate.identity(run, step)
     scores["protocol"]["checkpoint"] = {"step": step, "weights": weights, "validation_loss": losses}
     samples.write(run / "evaluate", table)
     save(run / "evaluate", scores, examples)
     return scores
+
+
+def begun(recipe: configs.Recipe, artist: "Artist", run: pathlib.Path, measure, splits: dict[str, Pairs], say) -> dict:
+    """Return the figures of the model that training began with, on the same examples, with its own best setting."""
+    say(f"evaluate: now the model that training began with, {recipe.decoder.start}")
+    before = generate.load(recipe.decoder.start, batch=recipe.evaluate.batch)
+    before = dataclasses.replace(artist, generator=before)
+    scores, *_ = score(recipe, before, measure, splits, say)
+    if splits["test"].level == TASKS:
+        scores["tasks"], *_ = answers(recipe, before, run, scores, say)
+    return {name: scores[name] for name in BEGUN if name in scores}
+
+
+BEGUN = ("text_to_image", "image_to_text", "infill", "perplexity", "tasks")
+"""Scores that the decoder decides."""
 
 
 def answers(recipe: configs.Recipe, artist: "Artist", run: pathlib.Path, scores: dict, say) -> tuple[dict, list, list]:

@@ -137,10 +137,10 @@ class Decoder(nn.Module):
             keys = sharding.constrain(keys, "batch", "seq")
         seen = attention_paths.view(c.attention, segments, keys, index, cache is not None)
 
-        if cache is None:
+        if cache is None and not self._apart():
             x, kv = self._scan(x, positions, seen), None
         else:
-            x, kv = self._steps(x, cache["layers"], positions, seen, index)
+            x, kv = self._steps(x, cache and cache["layers"], positions, seen, index)
         x = layers.Norm(c.norm, c.norm_eps, name="norm")(x)
         return x, None if cache is None else {"layers": kv, "segments": keys}
 
@@ -159,14 +159,30 @@ class Decoder(nn.Module):
         )
         return stack(c, name="layers")(x, None, positions, seen, 0)[0]
 
+    def _apart(self) -> bool:
+        """Return whether the weights are as `apart` gives them."""
+        return "0" in self.variables.get("params", {}).get("layers", {})
+
     def _steps(self, x, caches, positions, seen, index):
         """Return x and the caches after all layers, one after another: a scan would copy every cache out and in."""
-        stacked, after = self.variables["params"]["layers"], []
-        for layer, cache in enumerate(caches):
-            params = jax.tree.map(lambda w: w[layer], stacked)  # noqa: B023
-            x, cache = Block(self.config, parent=None).apply({"params": params}, x, cache, positions, seen, index)
+        params = self.variables["params"] if self._apart() else apart(self.variables["params"])
+        after = []
+        for layer in range(self.config.layers):
+            cache, weights = caches and caches[layer], {"params": params["layers"][str(layer)]}
+            x, cache = Block(self.config, parent=None).apply(weights, x, cache, positions, seen, index)
             after.append(cache)
         return x, tuple(after)
+
+
+def apart(params):
+    """Return parameters with {"0": ..., "1": ...} in place of the stack of all layers' weights.
+
+    For decoding: on a CPU a step of the loop would copy each layer's weights out of the stack, which costs as much as
+    using them.
+    """
+    layers = params["layers"]
+    count = len(jax.tree.leaves(layers)[0])
+    return {**params, "layers": {str(i): jax.tree.map(lambda w: w[i], layers) for i in range(count)}}  # noqa: B023
 
 
 def kept(remat: str):

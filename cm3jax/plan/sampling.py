@@ -90,13 +90,25 @@ def _lower(recipe: Recipe, step: programs.Step, params, rows: int, codes: int) -
             grammar.pictures(vocab, vocab.text, codes),
             decode.kind(GUIDED),
             codes,
-            params,
+            _apart(params),
             prompts,
             grammar.State(*(array(ints, "b") for _ in grammar.State._fields)),
             settings,
             array(ints, "b", codes),
             array(keys.dtype, "b"),
         )
+
+
+def _apart(params):
+    """Return abstract parameters as the sampler has them: of a stack's sharding, each layer keeps all but the first."""
+
+    def one(x):
+        spec = jax.sharding.PartitionSpec(*x.sharding.spec[1:])
+        return x.update(shape=x.shape[1:], sharding=jax.sharding.NamedSharding(x.sharding.mesh, spec))
+
+    layers = jax.tree.map(one, params["layers"])
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return {**params, "layers": {str(i): layers for i in range(count)}}
 
 
 def _cache_bytes(recipe: Recipe, rows: int, slots: int) -> costs.Number:

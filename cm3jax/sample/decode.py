@@ -47,6 +47,8 @@ class Kind(NamedTuple):
     """The k of CD-K; 0 if no row uses it."""
     repeated: bool = False
     """Some row has a penalty on words that it has already."""
+    random: bool = True
+    """False: every row is greedy, and nobody needs random numbers."""
 
 
 class Prompts(NamedTuple):
@@ -85,8 +87,9 @@ def streams(sampling: configs.Sampling, pictured: bool = False) -> int:
 
 def kind(sampling: configs.Sampling) -> Kind:
     """Return what the program must be able to do."""
-    top_p = sampling.method != "cd_k" and (sampling.top_k > 0 or sampling.top_p < 1)
-    return Kind(top_p, 0 if sampling.method == "top_p" else sampling.cd_k, sampling.repetition_penalty != 1)
+    random, top_p = sampling.temperature > 0, sampling.method != "cd_k" and (sampling.top_k > 0 or sampling.top_p < 1)
+    cd_k = 0 if sampling.method == "top_p" else sampling.cd_k
+    return Kind(random and top_p, cd_k, sampling.repetition_penalty != 1, random)
 
 
 def settings(sampling: configs.Sampling, rows: np.ndarray, pictured: bool = False) -> Settings:
@@ -241,7 +244,7 @@ def _draw(rules, kind: Kind, logits: Float[Array, "n b v"], state, seen, setting
     mixed = jnp.where(allowed, guidance.guide(logits, settings.scales), -jnp.inf)
     if kind.repeated:
         mixed = filters.penalise(mixed, seen, settings.penalty)
-    scores = filters.temper(mixed, settings.temperature)
+    scores = filters.temper(mixed, settings.temperature) if kind.random else mixed
     if kind.filtered:
         scores = filters.top_k_top_p(scores, settings.top_k, settings.top_p)
     if kind.cd_k:
@@ -255,7 +258,7 @@ def _draw(rules, kind: Kind, logits: Float[Array, "n b v"], state, seen, setting
             kind.cd_k,
         )
         scores = jnp.where(settings.contrast[:, None], contrasted, scores)
-    ids = rules.first + filters.draw(scores, allowed, keys)
+    ids = rules.first + (filters.draw(scores, allowed, keys) if kind.random else filters.best(scores, allowed))
     return ids, jax.nn.log_softmax(jnp.where(allowed, logits[0], -jnp.inf))
 
 

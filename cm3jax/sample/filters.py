@@ -52,8 +52,17 @@ def top_k_top_p(logits: Float[Array, "b v"], k: Int[Array, " b"], p: Float[Array
 
 def draw(logits: Float[Array, "b v"], allowed: Bool[Array, "b v"], keys: Key[Array, " b"]) -> Int[Array, " b"]:
     """Draw one id a row, each with its own key; never one that is not allowed, whatever the logits hold."""
+    return jax.vmap(jax.random.categorical)(keys, _finite(logits, allowed))
+
+
+def best(logits: Float[Array, "b v"], allowed: Bool[Array, "b v"]) -> Int[Array, " b"]:
+    """Return the likeliest id of each row, the first of equals; as `draw` at temperature 0, without random numbers."""
+    return jnp.argmax(_finite(logits, allowed), axis=-1)
+
+
+def _finite(logits: Float[Array, "b v"], allowed: Bool[Array, "b v"]) -> Float[Array, "b v"]:
     finite = jnp.nan_to_num(logits, nan=-FINITE, posinf=FINITE, neginf=-FINITE)
-    return jax.vmap(jax.random.categorical)(keys, jnp.where(allowed, finite, -jnp.inf))
+    return jnp.where(allowed, finite, -jnp.inf)
 
 
 def _at(x: Float[Array, "b v"], i: Int[Array, " b"]) -> Float[Array, "b 1"]:

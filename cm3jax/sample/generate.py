@@ -102,7 +102,9 @@ def of(recipe: configs.Recipe, model: decoder.Decoder, params, text, image, batc
     from cm3jax.sample import turns  # which stands on this file
 
     kind = {"cm3leon": Generator, "chameleon": turns.Generator}[recipe.form.kind]
-    return kind(model, params, recipe.vocab, text, image, batch, recipe.decoder.packing.picture, recipe.form)
+    return kind(
+        model, decoder.apart(params), recipe.vocab, text, image, batch, recipe.decoder.packing.picture, recipe.form
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Generator:
     """A decoder and its two tokenizers.
 
     Attributes:
-      params: Of `model`, unboxed; if they lie on a mesh, it is drawn there.
+      params: Of `model`, unboxed, as `decoder.apart` gives them; if they lie on a mesh, it is drawn there.
       image: A `tokenizers.image.Tokenizer`, or what has its encode, decode, grid and resolution.
       batch: Rows drawn at one time, at most; on a mesh the next multiple of the devices that share them.
       picture: `Packing.picture` of the model's training.

@@ -1,0 +1,28 @@
+"""Pretraining for configs/sft_scenes.py: captioned pictures of all kinds that its tasks show, and no instruction.
+
+cm3jax run configs/pretrain_scenes.py
+"""
+
+import dataclasses
+import pathlib
+
+from cm3jax import config as configs
+
+quickstart = configs.load(pathlib.Path(__file__).with_name("quickstart.py"))
+change = dataclasses.replace
+
+config = change(
+    quickstart,
+    name="pretrain-scenes",
+    vocab=configs.Vocab(text=1024, image=1024, sentinels=16, multiple=64),
+    prepare=change(quickstart.prepare, source="scenes:captions", resolution=48, count=40_000),
+    text=change(quickstart.text, splits=("train", "texts")),
+    image=change(quickstart.image, training=change(quickstart.image.training, steps=2000)),
+    decoder=change(
+        quickstart.decoder,
+        model=change(quickstart.decoder.model, layers=6, width=192, heads=6),
+        # 6 x 6 codes a picture: two of them and an instruction are at most 98 tokens, the longest reasoning 114.
+        packing=change(quickstart.decoder.packing, length=256, documents=0, isolate=True, most_spans=8, picture=36),
+        training=change(quickstart.decoder.training, steps=2000, batch=8),
+    ),
+)
