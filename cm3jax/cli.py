@@ -117,7 +117,7 @@ class Encode:
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Run folder with prepared/, text/ and image/."""
     tokenizers: str = ""
-    """Run folder whose text/ and image/ are linked into RUN first, as for a set that its model is to be tuned on; "":
+    """Run folder whose text/ and image/ are copied into RUN first, as for a set that its model is to be tuned on; "":
     RUN's own."""
     redo: bool = False
     """Make them again from nothing."""

@@ -304,7 +304,6 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     say(f"decoder: attention by {resolved.model.attention} on {device.device_kind}")
     start = pathlib.Path(stage.start) / STAGES["decoder"].output
     if stage.start:
-        same_tokenizers(recipe, run)
         say(f"decoder: begins with the weights in {start}")
     loop.train(
         lm.task(resolved, vocab),
@@ -337,7 +336,7 @@ def check_set(folder: pathlib.Path, own: pathlib.Path) -> None:
 def check_start(start: pathlib.Path, tokens: pathlib.Path) -> None:
     """Raise UserError unless the run whose decoder training begins with has the tokenizers of a token folder."""
     mine = stages.read(tokens)
-    for name in ("text", "image"):
+    for name in TOKENIZERS:
         record = stages.read(STAGES[name].folder(start))
         if record is None or record.result != mine.inputs.get(name):
             odd = "has no" if record is None else "has another"
@@ -440,7 +439,7 @@ def run(recipe: Recipe, folder, redo: str = "", only: str = "") -> pathlib.Path:
                 forget(folder, redo)
             stages.write_text(folder / "recipe.json", json.dumps(config.to_json(recipe), indent=1) + "\n")
             if recipe.decoder.start and not only:
-                take_tokenizers(recipe, folder)
+                take_tokenizers(recipe.decoder.start, folder)
         hosts.barrier("the run folder is ready")
         for i, name in enumerate(names):
             bring(STAGES[name], recipe, folder, f"[{i + 1}/{len(names)}] {name}", again(name, only))
@@ -532,17 +531,24 @@ TOKENIZERS = ("text", "image")
 """Stages that say what a decoder's ids mean."""
 
 
-def take_tokenizers(recipe: Recipe, folder: pathlib.Path) -> None:
-    """Copy the tokenizers of the run whose decoder training begins with: its weights are good for their ids alone."""
-    start = pathlib.Path(recipe.decoder.start)
+def take_tokenizers(source, folder) -> None:
+    """Copy both tokenizers of a run into another run's folder, as an import would: a model is good for their ids alone.
+
+    Raises:
+      UserError: if it has none, or the folder has others.
+    """
+    source, folder = pathlib.Path(source), pathlib.Path(folder)
+    require(TOKENIZERS, source)
     for name in TOKENIZERS:
-        record = stages.read(STAGES[name].folder(start))
-        if stages.read(STAGES[name].folder(folder)):
+        wanted, own = (stages.read(STAGES[name].folder(run)) for run in (source, folder))
+        if own and own.result != wanted.result:
+            raise UserError(f"{folder / name}: not that of {source}; remove it, or take another run folder")
+        if own:
             continue
-        for file in record.files:
+        for file in wanted.files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(start / file, folder / file)
-        taken(folder, name, decided(recipe, name), recipe.decoder.start)
+            shutil.copyfile(source / file, folder / file)
+        taken(folder, name, decided(config.load(source / "recipe.json"), name), str(source))
 
 
 def decided(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -561,18 +567,6 @@ def taken(folder: pathlib.Path, name: str, settings: dict[str, Any], origin: str
     result, digest = stages.fingerprint(folder, files), config.digest(stages.significant(settings))
     made = stages.Record(settings, digest, {}, True, result, files, imported=origin)
     stages.write(STAGES[name].folder(folder), made)
-
-
-def same_tokenizers(recipe: Recipe, folder: pathlib.Path) -> None:
-    """Raise UserError unless a run's tokens were made with the tokenizers of the run that training begins with."""
-    start, made = pathlib.Path(recipe.decoder.start), stages.read(STAGES["tokens"].folder(folder))
-    for name in TOKENIZERS:
-        record = stages.read(STAGES[name].folder(start))
-        if record is None or record.result != made.inputs.get(name):
-            raise UserError(
-                f"decoder.start = {recipe.decoder.start}: its {name} tokenizer is not the one of {folder}; train in a"
-                f" folder that has both of {start}'s tokenizers: cm3jax run makes one"
-            )
 
 
 def refuse_weights(stage: config.Retriever) -> None:
@@ -857,20 +851,9 @@ def form_of(settings: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 def borrow(recipe: Recipe, folder, source) -> Recipe:
-    """Link the tokenizers of another run into a run folder; return the recipe with the vocabulary and form of that run.
-
-    Raises:
-      UserError: if it has none, or the folder has others.
-    """
+    """Take over the tokenizers of another run (`take_tokenizers`); return the recipe with its vocabulary and form."""
+    take_tokenizers(source, folder)
     known = config.load(pathlib.Path(source) / "recipe.json")
-    for name in ("text", "image"):
-        here, there = (STAGES[name].folder(pathlib.Path(run)) for run in (folder, source))
-        if not there.is_dir():
-            raise UserError(f"--tokenizers {source}: has no {name}/; give a run that has both tokenizers")
-        if here.exists() and not here.samefile(there):
-            raise UserError(f"{here}: is not that of --tokenizers {source}; remove it, or leave the flag out")
-        if not here.exists():
-            here.symlink_to(os.path.relpath(there, here.parent), target_is_directory=True)
     return dataclasses.replace(recipe, vocab=known.vocab, form=known.form)
 
 

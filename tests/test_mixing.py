@@ -273,15 +273,19 @@ def test_a_start_of_another_tokenizer_is_refused(tmp_path, field):
 
 def test_a_set_borrows_the_tokenizers_of_a_run(tmp_path):
     known = config.Recipe(name="pretrained", vocab=VOCAB)
-    for name in ("start/text", "start/image", "set", "other", "own/text"):
-        (tmp_path / name).mkdir(parents=True)
+    for name in ("text", "image"):
+        (tmp_path / "start" / name).mkdir(parents=True)
+        (tmp_path / "start" / name / "weights").write_text(name)
+        run.taken(tmp_path / "start", name, {}, "elsewhere")
     (tmp_path / "start" / "recipe.json").write_text(json.dumps(config.to_json(known)))
     for _ in range(2):  # the second time they are there
         found = run.borrow(config.Recipe(name="set"), tmp_path / "set", tmp_path / "start")
         assert (found.name, found.vocab) == ("set", VOCAB)
-    assert all((tmp_path / "set" / name).samefile(tmp_path / "start" / name) for name in ("text", "image"))
-    with pytest.raises(UserError, match="own/text: is not that of --tokenizers"):
-        run.borrow(known, tmp_path / "own", tmp_path / "start")
-    (tmp_path / "start" / "image").rmdir()
-    with pytest.raises(UserError, match="has no image/; give a run"):
+    assert all((tmp_path / "set" / name / "weights").read_text() == name for name in ("text", "image"))
+    (tmp_path / "set" / "image" / "weights").write_text("other")
+    run.taken(tmp_path / "set", "image", {}, "elsewhere")
+    with pytest.raises(UserError, match="set/image: not that of"):
+        run.borrow(known, tmp_path / "set", tmp_path / "start")
+    (tmp_path / "start" / "image" / "stage.json").unlink()
+    with pytest.raises(UserError, match="image: not there, and needed here"):
         run.borrow(known, tmp_path / "other", tmp_path / "start")

@@ -296,7 +296,7 @@ def test_a_run_that_begins_with_another_takes_its_tokenizers(toy, first, tmp_pat
         assert (tmp_path / "second" / name / "result").read_text() == (first / name / "result").read_text()
         record = stages.read(tmp_path / "second" / name)
         assert record.imported == str(first) and record.result == stages.read(first / name).result
-    run.same_tokenizers(recipe, tmp_path / "second")
+    run.check_start(first, tmp_path / "second" / "tokens")
     toy.clear()
     run.run(recipe, tmp_path / "second")
     assert toy == []
@@ -313,11 +313,9 @@ def test_tokenizers_of_another_kind_are_refused_before_any_work(toy, first, tmp_
     assert toy == [] and not (tmp_path / "second" / "recipe.json").exists()
 
 
-def test_tokens_of_other_tokenizers_are_refused(toy, first, tmp_path):
+def test_tokenizers_of_its_own_are_refused(toy, first, tmp_path):
     run.run(dataclasses.replace(RECIPE, prepare=config.Prepare(source="scenes:easy", count=200)), tmp_path / "other")
-    run.same_tokenizers(begun(first), tmp_path / "other")
-    record = stages.read(tmp_path / "other" / "tokens")
-    record.inputs["image"] = "another"
-    stages.write(tmp_path / "other" / "tokens", record)
-    with pytest.raises(UserError, match="its image tokenizer is not the one of"):
-        run.same_tokenizers(begun(first), tmp_path / "other")
+    (tmp_path / "other" / "image" / "result").write_text("trained on something else")
+    run.taken(tmp_path / "other", "image", run.decided(RECIPE, "image"), "elsewhere")
+    with pytest.raises(UserError, match="image: not that of .*first"):
+        run.take_tokenizers(first, tmp_path / "other")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import random_run
 
-from cm3jax import checkpoint, cli, foreign, trees
+from cm3jax import checkpoint, cli, trees
 from cm3jax import config as configs
+from cm3jax import run as runs
 from cm3jax.data import scenes
 from cm3jax.tasks import table
 from cm3jax.vocab import Vocab
@@ -34,8 +35,8 @@ def test_a_pretrained_run_is_tuned_on_sets_of_its_own_tokenizers(tmp_path, capsy
     start = tmp_path / "pretrained"
     start.mkdir()
     random_run.make(start, RECIPE, lines, 0.1)
-    foreign.record(start, "text", {"vocab": {"text": VOCAB.text}}, "elsewhere")
-    foreign.record(start, "image", {"image": {"model": configs.to_json(NET)}, "vocab": {"image": 11}}, "elsewhere")
+    for name in ("text", "image"):
+        runs.taken(start, name, runs.decided(RECIPE, name), "elsewhere")
     first, second, out = (tmp_path / name for name in ("first", "second", "tuned"))
     for folder, count, seed in ((first, 60, 0), (second, 240, 1)):
         did("prepare", "scenes:tasks", folder, "--resolution", 16, "--count", count, "--seed", seed, "--workers", 1)
