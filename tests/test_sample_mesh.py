@@ -37,13 +37,17 @@ def split(run, shape):
 
 @MESHES
 def test_weights_lie_as_in_training(run, alone, shape):
-    found = split(run, shape)
-    mesh = sharding.mesh(configs.Mesh(*shape))
+    found, mesh = split(run, shape), sharding.mesh(configs.Mesh(*shape))
+    weights = generate.weights(run, configs.load(run / "recipe.json"), mesh=configs.Mesh(*shape))
     boxed = jax.eval_shape(lambda key: decoder.init(found.model, key), jax.random.key(0))
     places = sharding.shardings(mesh, boxed, strict="")
-    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, found.params, places))
+    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, weights, places))
     assert jax.tree.all(jax.tree.map(np.array_equal, found.params, alone.params))
     assert found.mesh == mesh and alone.mesh.size == 1
+    for layer in found.params["layers"].values():  # taken apart, each as it lay in the stack
+        pairs = jax.tree.map(lambda x, stack: (x.sharding.shard_shape(x.shape), stack), layer, weights["layers"])
+        for part, stack in jax.tree.leaves(pairs, is_leaf=lambda x: isinstance(x, tuple)):
+            assert part == stack.sharding.shard_shape(stack.shape)[1:]
 
 
 @MESHES
