@@ -148,6 +148,21 @@ def test_a_model_of_chameleons_form_starts_from_the_defaults_of_its_own_code(tmp
     assert (draw.guidance, draw.image_guidance, write.guidance) == (3.0, 1.2, 1.0)
 
 
+def test_the_mesh_is_that_of_training_unless_a_flag_says_otherwise(tmp_path, monkeypatch):
+    from cm3jax.sample import generate
+
+    asked = []
+
+    def load(run, batch, step, mesh):
+        asked.append(mesh)
+        raise UserError("enough")
+
+    monkeypatch.setattr(generate, "load", load)
+    for words in ([], ["--mesh.tensor", "4"], ["--mesh.replica", "2", "--mesh.fsdp", "1"]):
+        assert cli.main(["generate", str(tmp_path), "a red circle", *words]) == 2
+    assert asked == [None, config.Mesh(tensor=4), config.Mesh(replica=2, fsdp=1)]
+
+
 def test_the_checkpoint_is_the_one_that_the_evaluation_chose(tmp_path):
     assert cli.chosen_checkpoint(tmp_path) is None
     (tmp_path / "report.json").write_text('{"protocol": {"checkpoint": {"step": 7}}}')
