@@ -113,10 +113,15 @@ COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#666666")
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """One line of a figure: its name, and per point x, mean and the least and greatest of what the mean is of."""
+    """One line of a figure: its name, and per point x, mean and the least and greatest of what the mean is of.
+
+    Attributes:
+      hollow: The same quantity as the line before it, another way: its colour, and rings in place of dots.
+    """
 
     name: str
     points: list[tuple[Number, Number, Number, Number]]
+    hollow: bool = False
 
 
 def figure(title: str, across: str, up: str, lines: list[Spread]) -> Markup:
@@ -143,16 +148,18 @@ def figure(title: str, across: str, up: str, lines: list[Spread]) -> Markup:
         f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 32}" text-anchor="middle">{Markup.escape(across)}</text>'
     )
     for i, line in enumerate(lines):
-        colour, points = COLOURS[i % len(COLOURS)], sorted(line.points)
+        filled = sum(not before.hollow for before in lines[: i + 1])
+        colour, points = COLOURS[max(0, filled - 1) % len(COLOURS)], sorted(line.points)
+        inside = "white" if line.hollow else colour
         path = "L".join(f"{place(x):.1f} {height(y):.1f}" for x, y, _, _ in points)
         parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y, low, high in points:
             parts.append(
                 f'<path d="M{place(x):.1f} {height(low):.1f}V{height(high):.1f}" stroke="{colour}"/>'
-                f'<circle cx="{place(x):.1f}" cy="{height(y):.1f}" r="3" fill="{colour}"/>'
+                f'<circle cx="{place(x):.1f}" cy="{height(y):.1f}" r="3" fill="{inside}" stroke="{colour}"/>'
             )
         y = HEIGHT + 30 + 16 * i
-        parts.append(f'<rect x="{LEFT}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<rect x="{LEFT}" y="{y - 9}" width="10" height="10" fill="{inside}" stroke="{colour}"/>')
         parts.append(f'<text x="{LEFT + 16}" y="{y}">{Markup.escape(line.name)}</text>')
     size = f"0 -28 {WIDTH} {HEIGHT + 44 + 16 * len(lines)}"
     head = (

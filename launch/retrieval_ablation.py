@@ -258,7 +258,7 @@ def plot(found: dict) -> str:
         points = [(int(d), *ways[f"with {d}"][kind]) for d in ("0", "1", "2") if kind in ways[f"with {d}"]]
         lines += [curves.Spread(name, points)] if points else []
         alone = ways["without 0"].get(kind)
-        lines += [curves.Spread(f"{name}, trained without retrieval", [(0, *alone)])] if alone else []
+        lines += [curves.Spread(f"{name}, trained without retrieval", [(0, *alone)], hollow=True)] if alone else []
     return curves.figure("What retrieval brings", "documents retrieved", "drawn right", lines)
 
 
