@@ -32,9 +32,10 @@ from cm3jax.types import UserError
 SAMPLING = {
     "temperature": configs.Sampling(temperature=1.0),
     "top_p": configs.Sampling(temperature=1.0, top_p=0.9, guidance=1.5),
-    "cd_k": configs.Sampling(method="cd_k", temperature=1.0),
-    "mixture": configs.Sampling(method="mixture", temperature=1.0, top_p=0.9, guidance=1.5),
+    "cd_k": configs.Sampling(method="cd_k", temperature=1.0, cd_k=1),
+    "mixture": configs.Sampling(method="mixture", temperature=1.0, top_p=0.9, guidance=1.5, cd_k=1),
 }
+"""cd_k = 1: a code here is nearly certain, the fourth likeliest as good as impossible, and k = 4 would draw noise."""
 COUNTS = (1, 2, 4, 8, 16)
 WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SIZES = {"half": 0.5, "whole": 1.0, "double": 2.0}

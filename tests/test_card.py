@@ -9,7 +9,8 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from cm3jax import card, cli, config, foreign, stages
+from cm3jax import card, cli, config, stages
+from cm3jax import run as runs
 from cm3jax.data import prepare, tokens
 from cm3jax.evaluate import samples
 from cm3jax.evaluate.scenes import Score
@@ -213,7 +214,7 @@ def test_what_was_imported_or_begun_elsewhere_is_named_and_its_compute_is_not_cl
     run = make(tmp_path / "run", prepared, recipe=dataclasses.replace(RECIPE, decoder=start))
     assert "What went into the first weights is not among them." in card.card(run)
     assert cells(card.card(run), "first weights") == ["those of the run runs/first"]
-    foreign.record(run, "decoder", {}, "published (0123)")
+    runs.taken(run, "decoder", {}, "published (0123)")
     text = card.card(run)
     assert cells(text, "decoder, imported from") == ["published (0123)"] and "first weights |" not in text
     section = text.split("## Compute")[1].split("##")[0]
