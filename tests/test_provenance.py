@@ -127,7 +127,8 @@ def run(tmp_path, monkeypatch):
     (run / "recipe.json").write_text(json.dumps(config.to_json(config.Recipe(name="made up"))))
     (run / "report.json").write_text('{"protocol": {"checkpoint": {"step": 30}}}')
     monkeypatch.setattr(generate, "load", lambda *arguments, **named: Drawer())
-    monkeypatch.setattr(tasks, "answer", lambda g, task, rows, *more, **named: [{"edited_image": PICTURE, "image": PICTURE}])
+    answers = [{"edited_image": PICTURE, "image": PICTURE}]
+    monkeypatch.setattr(tasks, "answer", lambda *arguments, **named: answers)
     return run
 
 
