@@ -45,10 +45,10 @@ config = change(
     # What the decoder trains with; `retrieve build RUN --extend --bank.splits bank late` adds what came afterwards.
     # Copies of what is drawn and scored are never shown; of what was trained on they may be.
     bank=configs.Bank(splits=("bank",), held_out=("validation", "test", "composition")),
-    # A small CLIP gives everything that fits a score above the paper's 0.9; copies are refused by their hash anyway. One
-    # by picture and one by text, and no word of the query dropped: with the paper's two of each and 20 % dropout, by
-    # which a name of two syllables is lost in nearly half the queries, the one document that helps was shown a quarter of
-    # the time, and nothing was copied from it.
+    # A small CLIP gives everything that fits a score above the paper's 0.9; copies are refused by their hash anyway.
+    # One by picture and one by text, and no word of the query dropped: with the paper's two of each and 20 % dropout,
+    # by which a name of two syllables is lost in nearly half the queries, the one document that helps was shown a
+    # quarter of the time, and nothing was copied from it.
     neighbours=configs.Neighbours(by_image=1, by_text=1, most_score=1.0, most_alike=0.98, dropout=0.0),
     decoder=change(
         quickstart.decoder,
