@@ -124,19 +124,21 @@ class Spread:
     hollow: bool = False
 
 
-def figure(title: str, across: str, up: str, lines: list[Spread]) -> Markup:
+def figure(title: str, across: str, up: str, lines: list[Spread], doublings: bool = False) -> Markup:
     """Return a chart that stands alone, as an SVG file does, with a whisker from least to greatest at each point.
 
     Args:
       across, up: What the two axes are of.
       lines: At least one, with at least one point.
+      doublings: The same way across from each x to its double; all must be above 0.
     """
+    along = math.log2 if doublings else float
     xs = sorted({x for line in lines for x, *_ in line.points})
     ends = [y for line in lines for _, _, *both in line.points for y in both]
-    first, last = xs[0], xs[-1] if len(xs) > 1 else xs[0] + 1
+    first, last = along(xs[0]), along(xs[-1] if len(xs) > 1 else xs[0] + 1)
     room = 0.05 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
     bottom, top = min(ends) - room, max(ends) + room
-    place = lambda x: LEFT + 14 + (RIGHT - LEFT - 28) * (x - first) / (last - first)  # noqa: E731
+    place = lambda x: LEFT + 14 + (RIGHT - LEFT - 28) * (along(x) - first) / (last - first)  # noqa: E731
     height = lambda y: BOTTOM - (BOTTOM - TOP) * (y - bottom) / (top - bottom)  # noqa: E731
     parts = [
         f'<path d="M{LEFT} {height(v):.1f}H{RIGHT}" stroke="#ddd"/><text x="{LEFT - 6}" y="{height(v) + 4:.1f}"'

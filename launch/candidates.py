@@ -116,11 +116,10 @@ def guidance(work: pathlib.Path, size: str, count: int, documents: int) -> dict:
 
 def plot(title: str, across: str, found: dict[str, dict], figure: str = "object_accuracy") -> str:
     """Return the picture of a figure; candidates are spaced by doublings."""
-    place = (lambda x: float(np.log2(float(x)))) if across.startswith("log2") else float
     lines = [
-        curves.Spread(name, [(place(x), *[row[figure]] * 3) for x, row in rows.items()]) for name, rows in found.items()
+        curves.Spread(name, [(float(x), *[row[figure]] * 3) for x, row in rows.items()]) for name, rows in found.items()
     ]
-    return curves.figure(title, across, figure.replace("_", " "), lines)
+    return curves.figure(title, across, figure.replace("_", " "), lines, across.startswith("candidates"))
 
 
 def phase(arguments, *words: str) -> None:
@@ -164,7 +163,7 @@ def main() -> None:
         facts = {"prompts": arguments.prompts, "documents": arguments.documents}
         arguments.json.write_text(json.dumps(facts | found, indent=1) + "\n")
     if arguments.plot:
-        arguments.plot.write_text(plot("Candidates", "log2 of candidates for each prompt", found["candidates"]))
+        arguments.plot.write_text(plot("Candidates", "candidates for each prompt", found["candidates"]))
     if arguments.guidance_plot:
         arguments.guidance_plot.write_text(plot("Guidance", "guidance weight", found["guidance"]))
 
