@@ -450,13 +450,14 @@ class DrawFrom:
 def read_examples(given: tuple[tuple[str, ...], ...], names: tuple[str, ...]) -> list[dict]:
     """Return {field: text, or the picture in the file} of each --example, whose words are these fields."""
     from cm3jax import png
+    from cm3jax.tasks import table
 
     wanted = " ".join(name.upper() for name in names)
     for words in given:
         if len(words) != len(names):
             raise UserError(f"--example {' '.join(map(repr, words))}: {len(words)} words; needs {len(names)}: {wanted}")
     return [
-        {name: png.read(word) if name.endswith("image") else word for name, word in zip(names, words, strict=True)}
+        {name: png.read(word) if table.is_picture(name) else word for name, word in zip(names, words, strict=True)}
         for words in given
     ]
 
@@ -473,7 +474,13 @@ def draw_task(
 
     generator = loaded(verb, run)
     (field,) = tasks.table.find(task).answer
-    seen = [[provenance.hashed(x) if pathlib.Path(x).is_file() else x for x in words] for words in verb.example]
+    seen = [
+        [
+            provenance.hashed(word) if tasks.table.is_picture(name) else word
+            for name, word in zip(one, words, strict=True)
+        ]
+        for one, words in zip(examples, verb.example, strict=True)
+    ]
     given = {"task": task, "picture": provenance.hashed(verb.picture), "example": seen, **more}
     model, settings = artist(run), configs.to_json(verb.sampling) | given
     for i, found in enumerate(tasks.answer(generator, task, rows, seed, verb.sampling, examples=examples)):

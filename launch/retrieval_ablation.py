@@ -30,7 +30,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from cm3jax import cli, curves
+from cm3jax import cli, curves, stages
 from cm3jax import config as configs
 from cm3jax.types import UserError
 
@@ -335,9 +335,7 @@ def one(work: pathlib.Path, recipe: configs.Recipe, count: int, what: str, *word
 def put(path: pathlib.Path, figures: dict) -> None:
     """Write the figures of one measurement, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(figures) + "\n")
-    partial.replace(path)
+    stages.write_text(path, json.dumps(figures) + "\n")
 
 
 def script(main) -> None:

@@ -25,8 +25,7 @@ from cm3jax.evaluate import answers, captions, dialogue, results
 from cm3jax.stages import write_text
 from cm3jax.types import UserError
 
-SCORED_BY = ("captions", "ptb", "answers", "dialogue", "words")
-SCORED_BY = tuple(f"evaluate/{name}" for name in SCORED_BY)
+SCORED_BY = tuple(f"evaluate/{name}" for name in ("captions", "ptb", "answers", "dialogue", "words"))
 """Modules that decide a figure."""
 
 

@@ -174,15 +174,18 @@ class Decoder(nn.Module):
         return x, tuple(after)
 
 
-def apart(params):
+def apart(params, layer=lambda w, i: w[i]):
     """Return parameters with {"0": ..., "1": ...} in place of the stack of all layers' weights.
 
     For decoding: on a CPU a step of the loop would copy each layer's weights out of the stack, which costs as much as
     using them.
+
+    Args:
+      layer: What stands for layer i of a stack; arrays that are not there need another.
     """
     layers = params["layers"]
-    count = len(jax.tree.leaves(layers)[0])
-    return {**params, "layers": {str(i): jax.tree.map(lambda w: w[i], layers) for i in range(count)}}  # noqa: B023
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return {**params, "layers": {str(i): jax.tree.map(lambda w: layer(w, i), layers) for i in range(count)}}  # noqa: B023
 
 
 def kept(remat: str):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from cm3jax import trees
 from cm3jax.config import Recipe, Sampling
-from cm3jax.nn import flops
+from cm3jax.nn import decoder, flops
 from cm3jax.plan import compiler, costs, estimate, hlo, programs, slices
 from cm3jax.plan.training import GIB, Plan
 from cm3jax.sample import decode, grammar
@@ -90,7 +90,7 @@ def _lower(recipe: Recipe, step: programs.Step, params, rows: int, codes: int) -
             grammar.pictures(vocab, vocab.text, codes),
             decode.kind(GUIDED),
             codes,
-            _apart(params),
+            decoder.apart(params, _layer),  # as the sampler has them
             prompts,
             grammar.State(*(array(ints, "b") for _ in grammar.State._fields)),
             settings,
@@ -99,16 +99,10 @@ def _lower(recipe: Recipe, step: programs.Step, params, rows: int, codes: int) -
         )
 
 
-def _apart(params):
-    """Return abstract parameters as the sampler has them: of a stack's sharding, each layer keeps all but the first."""
-
-    def one(x):
-        spec = jax.sharding.PartitionSpec(*x.sharding.spec[1:])
-        return x.update(shape=x.shape[1:], sharding=jax.sharding.NamedSharding(x.sharding.mesh, spec))
-
-    layers = jax.tree.map(one, params["layers"])
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    return {**params, "layers": {str(i): layers for i in range(count)}}
+def _layer(stack, i: int):
+    """Return what stands for a layer of an abstract stack: its sharding, without that of the layers."""
+    spec = jax.sharding.PartitionSpec(*stack.sharding.spec[1:])
+    return stack.update(shape=stack.shape[1:], sharding=jax.sharding.NamedSharding(stack.sharding.mesh, spec))
 
 
 def _cache_bytes(recipe: Recipe, rows: int, slots: int) -> costs.Number:

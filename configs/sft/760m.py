@@ -12,14 +12,6 @@ import pathlib
 from cm3jax import config as configs
 
 here, change = pathlib.Path(__file__).parent, dataclasses.replace
-tuning, pretrained = configs.load(here / "7b.py"), configs.load(here.parent / "cm3leon" / "760m.py")
+smaller, pretrained = configs.load(here / "350m.py"), configs.load(here.parent / "cm3leon" / "760m.py")
 
-config = change(
-    pretrained,
-    name="sft-760m",
-    decoder=change(
-        tuning.decoder,
-        model=pretrained.decoder.model,
-        training=change(tuning.decoder.training, accumulate=1),
-    ),
-)
+config = change(pretrained, name="sft-760m", decoder=change(smaller.decoder, model=pretrained.decoder.model))
