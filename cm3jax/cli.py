@@ -213,7 +213,7 @@ class Generate:
     max_text: int = 96
     """--interleaved: longest new text, in tokens."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: as in the recipe's training."""
+    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -284,7 +284,7 @@ class Caption:
     request: str = ""
     """What a model of Chameleon's form is asked of each picture; "": form.request of the run's recipe."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: as in the recipe's training."""
+    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -334,7 +334,7 @@ class Infill:
     max_text: int = 96
     """Longest answer for <mask>, in tokens."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: as in the recipe's training."""
+    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -393,7 +393,7 @@ class Edit:
     example: Examples = ()
     """PICTURE INSTRUCTION EDITED: an edit to go by, shown before this one; may be given several times."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: as in the recipe's training."""
+    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -432,7 +432,7 @@ class DrawFrom:
     example: Examples = ()
     """FEATURE_IMAGE CAPTION PICTURE: a drawing to go by, shown before this one; may be given several times."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: as in the recipe's training."""
+    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -534,7 +534,7 @@ class Ask:
     """PICTURE QUESTION ANSWER: one to go by, shown before this one; may be given several times. With --options it is
     PICTURE QUESTION OPTIONS ANSWER, with --reason PICTURE QUESTION OPTIONS EXPLANATION ANSWER."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: as in the recipe's training."""
+    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -568,7 +568,7 @@ class Describe:
     example: Examples = ()
     """PICTURE DESCRIPTION: one to go by, shown before this one; may be given several times."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: as in the recipe's training."""
+    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -1274,7 +1274,7 @@ def defaults(verb: str, argv: list[str]):
 def chosen(run: pathlib.Path, verb: str) -> Sampling:
     """Return the setting that the run's evaluation chose for what a verb does; the plain one before an evaluation."""
     recipe = run / "recipe.json"
-    form = configs.load(recipe).form.kind if recipe.is_file() else "cm3leon"
+    form = configs.load(recipe).form.plain if recipe.is_file() else "cm3leon"
     plain = (configs.PLAIN_TEXT if SAMPLED[verb] == "image_to_text" else configs.PLAIN)[form]
     return reported(
         run,

@@ -16,7 +16,7 @@ import typing
 from typing import Any, Literal
 
 from cm3jax.types import UserError
-from cm3jax.vocab import EOD, Vocab
+from cm3jax.vocab import EOD, EOSS, Vocab
 
 SEEDS = 2**32
 """Seeds lie below this: what every generator of random numbers in use takes."""
@@ -164,6 +164,20 @@ class Form:
     to draw on request."""
     request: str = "Describe the picture."
     """chameleon: what is asked of a picture, behind it, to have a caption (ours)."""
+    grid: int = later(0)
+    """chameleon: 0, or as in Lumina-mGPT (arXiv 2408.02657 §2.2): so many rows of so many codes, each row ended by
+    `line`, all behind `side` twice."""
+    side: int = later(0)
+    """With `grid`: id that states height, and width."""
+    line: int = later(0)
+    """With `grid`: id that ends a row of codes."""
+    drawing: str = later("{}")
+    """chameleon: what a caption in place of {} is put into, where a picture follows it."""
+
+    @property
+    def plain(self) -> str:
+        """The key of `PLAIN` and `PLAIN_TEXT`."""
+        return "lumina" if self.grid else self.kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -734,13 +748,16 @@ class Sampling:
 PLAIN = {
     "cm3leon": Sampling(),
     "chameleon": Sampling(temperature=0.7, top_p=0.9, guidance=3.0, image_guidance=1.2, repetition_penalty=1.2),
+    "lumina": Sampling(top_k=2000, guidance=4.0),
 }
 """Form of documents -> how pictures, and pages of text and pictures, are drawn where no evaluation has chosen.
-Chameleon's are the defaults of its released code (facebookresearch/chameleon, inference/chameleon.py: Options)."""
+Chameleon's are the defaults of its released code (facebookresearch/chameleon, inference/chameleon.py: Options),
+Lumina-mGPT's what its own README draws with (Alpha-VLLM/Lumina-mGPT)."""
 
 PLAIN_TEXT = {
     "cm3leon": Sampling(temperature=0.0),
     "chameleon": Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2),
+    "lumina": Sampling(top_k=10),
 }
 """The same, of captions and answers."""
 
@@ -890,6 +907,8 @@ class Recipe:
                     f"form.{name} = {value}: must be an id of the vocabulary's text, {self.vocab.text_start} to"
                     f" {self.vocab.image_start - 1}"
                 )
+        if self.form.grid and not all(EOSS < i < self.vocab.size for i in (self.form.side, self.form.line)):
+            raise ValueError(f"form.side = {self.form.side}, form.line = {self.form.line}: form.grid needs both")
         for name, found, wanted in (
             ("decoder.packing.opening", self.decoder.packing.opening, self.form.begin),
             ("decoder.packing.picture", self.decoder.packing.picture, 0),

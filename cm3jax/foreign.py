@@ -213,7 +213,7 @@ def _chameleon(found: sources.Source, name: str, resolution: int) -> Plan:
         )
     sources.floating(found.language | _taken(found.image, pictures), found.path)
     params = {path: _streamed(found.language, leaf, order) for path, leaf in wanted.items()}
-    form = _form(found, order)
+    form = _form(found, order, pictures)
     talks = form.kind == "chameleon"
     recipe = config.Recipe(
         name=name,
@@ -227,15 +227,18 @@ def _chameleon(found: sources.Source, name: str, resolution: int) -> Plan:
             mask=config.Mask(spans=0.0) if talks else config.Mask(),
             z_loss=1e-5,  # arXiv 2405.09818 §2.4
         ),
-        evaluate=config.Evaluate(draw=(config.PLAIN[form.kind],), write=config.PLAIN_TEXT[form.kind])
+        evaluate=config.Evaluate(draw=(config.PLAIN[form.plain],), write=config.PLAIN_TEXT[form.plain])
         if talks
         else config.Evaluate(),
     )
     return Plan(vqgan.with_settings(recipe, pictures), params, order, pictures)
 
 
-def _form(found: sources.Source, order: chameleon_vocab.Order) -> config.Form:
-    """Return the form of the model's documents: Chameleon's, unless it was trained here, which its vocabulary tells."""
+def _form(found: sources.Source, order: chameleon_vocab.Order, pictures: vqgan.Network) -> config.Form:
+    """Return the form of the model's documents: Chameleon's or Lumina's, unless it was trained here.
+
+    A model that was trained here has no markers of turns in its vocabulary.
+    """
     names, markers = found.about["vocabulary_map"], (chameleon_vocab.BEGIN, chameleon_vocab.END_OF_TURN)
     there = [name for name in markers if name in names]
     if not there:
@@ -244,7 +247,24 @@ def _form(found: sources.Source, order: chameleon_vocab.Order) -> config.Form:
         lost = next(name for name in markers if name not in names)
         raise UserError(f"{found.tokenizer}: no entry {lost!r}; take the tokenizer that came with the model")
     begin, turn = (int(order.ours[names[name]]) for name in markers)
-    return config.Form("chameleon", begin, turn)
+    form = config.Form("chameleon", begin, turn)
+    return _lumina(found, order, pictures, form) if chameleon.LUMINA in found.about else form
+
+
+def _lumina(
+    found: sources.Source, order: chameleon_vocab.Order, pictures: vqgan.Network, form: config.Form
+) -> config.Form:
+    """Return the form of Lumina-mGPT's documents, whose pictures state their sides, in units of two codes."""
+    names, grid = found.about["vocabulary_map"], pictures.resolution // pictures.model.factor
+    entries = tuple(chameleon_vocab.reserved(i) for i in (8800 + grid // 2, 8799))
+    if grid % 2 or any(name not in names for name in entries):
+        raise UserError(
+            f"{found.path}: Lumina-mGPT has no pictures of {pictures.resolution} px; set --resolution to the"
+            " checkpoint's, 512, 768 or 1024"
+        )
+    side, line = (int(order.ours[names[name]]) for name in entries)
+    asked = f"Generate an image of {pictures.resolution}x{pictures.resolution} according to the following prompt:\n{{}}"
+    return dataclasses.replace(form, pair="turn", grid=grid, side=side, line=line, drawing=asked)
 
 
 def _streamed(tensors: dict[str, mapped.Tensor], leaf: chameleon.Leaf, order: chameleon_vocab.Order) -> streamed.Array:
@@ -376,6 +396,7 @@ def _hugging_face(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, s
     pictures = image.load(run / "image")
     network = vqgan.Network(pictures.config, pictures.codes, pictures.resolution, prefix=chameleon.IMAGE)
     about |= {"vq_config": vqgan.vq_config(network)}
+    about |= {chameleon.LUMINA: recipe.decoder.z_loss} if recipe.form.grid else {}
     tensors = chameleon.tensors(_weights(run, step), model, order, _kind(dtype))
     of_pictures = _kind(dtype or origin.get("image", {}).get("dtype", ""))
     tensors |= {name: mapped.held(x) for name, x in vqgan.tensors(pictures.params, network, of_pictures)}

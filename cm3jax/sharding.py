@@ -213,13 +213,14 @@ def names(tree):
     return jax.tree.map(lambda x: tuple(x.names) if is_box(x) else None, tree, is_leaf=is_box)
 
 
-def shardings(mesh: Mesh, abstract: Any, strict: str = "params"):
+def shardings(mesh: Mesh, abstract: Any, strict: str = "params", limit: int = REPLICATED_LIMIT):
     """Return the sharding of every leaf, in the structure of `unbox(abstract)`.
 
     Args:
       mesh: From `mesh`.
       abstract: Tree of shapes, boxed where they have names, as `jax.eval_shape` gives of an initializer.
       strict: Arrays under this top-level entry must have names ("": all of the tree).
+      limit: Scalars of the largest array that may be whole on every device of a mesh that could split it.
 
     Raises:
       ValueError: naming the leaf, as `spec`, or for an array under `strict` that has no names.
@@ -229,37 +230,37 @@ def shardings(mesh: Mesh, abstract: Any, strict: str = "params"):
     def one(path, leaf):
         where = trees.path_name(path)
         if not is_box(leaf):
-            return _unnamed(mesh, leaf, where, not strict or where.split("/")[0] == strict)
-        return jax.tree.map(lambda x: _named(mesh, leaf.names, x, where), leaf.value)
+            return _unnamed(mesh, leaf, where, not strict or where.split("/")[0] == strict, limit)
+        return jax.tree.map(lambda x: _named(mesh, leaf.names, x, where, limit), leaf.value)
 
     return jax.tree_util.tree_map_with_path(one, abstract, is_leaf=is_box)
 
 
-def _named(mesh, names, leaf, where) -> NamedSharding:
+def _named(mesh, names, leaf, where, limit) -> NamedSharding:
     found = fit(mesh, names, leaf.shape, where)
     if not REPLICATED & set(names):
-        _refuse_replicated(mesh, found, leaf, where)
+        _refuse_replicated(mesh, found, leaf, where, limit)
     return NamedSharding(mesh, found)
 
 
-def _unnamed(mesh, leaf, where, strict) -> NamedSharding:
+def _unnamed(mesh, leaf, where, strict, limit) -> NamedSharding:
     if strict and leaf.ndim:
         raise ValueError(
             f"{where}: shape {tuple(leaf.shape)} has no axis names; wrap its initializer in"
             " nn.with_logical_partitioning(init, names)"
         )
-    _refuse_replicated(mesh, PartitionSpec(), leaf, where)
+    _refuse_replicated(mesh, PartitionSpec(), leaf, where, limit)
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _refuse_replicated(mesh, found, leaf, where) -> None:
+def _refuse_replicated(mesh, found, leaf, where, limit) -> None:
     """Raise if a large array would be copied onto every device of a mesh that could split it."""
     splits = mesh.shape["fsdp"] * mesh.shape["tensor"]
     size = math.prod(leaf.shape)
-    if splits > 1 and size > REPLICATED_LIMIT and all(_ways(mesh, p) == 1 for p in found):
+    if splits > 1 and size > limit and all(_ways(mesh, p) == 1 for p in found):
         raise UserError(
             f"{where}: {size} scalars of shape {tuple(leaf.shape)} would be whole on each of {mesh.size} devices"
-            f" (limit {REPLICATED_LIMIT}); name its axes so that fsdp or tensor splits one"
+            f" (limit {limit}); name its axes so that fsdp or tensor splits one"
         )
 
 

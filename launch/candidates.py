@@ -38,7 +38,7 @@ SAMPLING = {
 """cd_k = 1: a code here is nearly certain, the fourth likeliest as good as impossible, and k = 4 would draw noise."""
 COUNTS = (1, 2, 4, 8, 16)
 WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SIZES = {"half": 0.5, "whole": 1.0, "double": 2.0}
+SIZES = {"half": 0.5, "whole": 1.0, "wide": 1.5}
 """Widths of the three models over the config's; heads alike."""
 
 

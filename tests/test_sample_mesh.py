@@ -11,9 +11,9 @@ import pytest
 import talking_run
 
 from cm3jax import config as configs
-from cm3jax import foreign, sharding
+from cm3jax import foreign, sharding, trees
 from cm3jax.nn import decoder
-from cm3jax.sample import decode, generate, grammar
+from cm3jax.sample import decode, generate, grammar, layout
 from cm3jax.tokenizers import turns
 from cm3jax.types import UserError
 
@@ -90,14 +90,28 @@ def test_the_cache_is_split_over_heads_and_rows(run, capfd):
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
-def test_a_mesh_of_more_devices_than_are_here_gives_way_to_what_is_here_unless_asked_for():
-    of = lambda *shape: configs.Recipe(  # noqa: E731
-        decoder=configs.DecoderStage(training=configs.Training(mesh=configs.Mesh(*shape)))
-    )
-    assert dict(generate._mesh(of(1, 2, 2), None).shape) == {"replica": 1, "fsdp": 2, "tensor": 2}
-    assert dict(generate._mesh(of(2, 16, 2), None).shape) == {"replica": 1, "fsdp": 8, "tensor": 1}
+def test_small_weights_are_copied_and_large_ones_split_as_far_as_they_divide(run):
+    def of(mesh=configs.Mesh(), heads=4, kv_heads=0, vocab=configs.Vocab(text=64, image=64, sentinels=16, multiple=64)):
+        model = configs.Decoder(layers=1, width=64, heads=heads, kv_heads=kv_heads)
+        stage = configs.DecoderStage(model=model, training=configs.Training(mesh=mesh))
+        return configs.Recipe(vocab=vocab, decoder=stage)
+
+    shape = lambda recipe, memory: dict(sharding.mesh(layout.mesh(recipe, 8, memory)).shape)  # noqa: E731
+    size = trees.size(layout.abstract(layout.model(of()), sharding.mesh(configs.Mesh())))
+    copies, halves = (dict(zip(sharding.AXES, each, strict=True)) for each in ((8, 1, 1), (1, 4, 2)))
+    assert shape(of(), None) == shape(of(), 8 * size) == copies
+    assert shape(of(), 8 * size - 1) == {"replica": 1, "fsdp": 2, "tensor": 4}
+    assert shape(of(kv_heads=2), 1) == halves
+    assert shape(of(heads=8), 1) == {"replica": 1, "fsdp": 1, "tensor": 8}
+    # A recipe's own mesh is kept where there are as many devices, and asked for it is never given up.
+    assert shape(of(configs.Mesh(1, 4, 2)), None) == halves
+    assert shape(of(configs.Mesh(2, 16, 2)), None) == copies
     with pytest.raises(UserError, match="does not fit 8 devices"):
-        generate._mesh(of(1, 1, 1), configs.Mesh(1, 16, 1))
+        generate.weights(run, configs.load(run / "recipe.json"), mesh=configs.Mesh(1, 16, 1))
+    recipe = configs.load(run / "recipe.json")
+    training = dataclasses.replace(recipe.decoder.training, mesh=configs.Mesh())
+    recipe = dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, training=training))
+    assert dict(sharding.mesh_of(generate.weights(run, recipe)).shape) == copies
 
 
 @pytest.mark.slow

@@ -28,6 +28,9 @@ from cm3jax.types import UserError
 Tensors = Mapping[str, Any]
 """Arrays by name: numpy's, or what has a shape, a dtype and slices of numpy arrays."""
 
+LUMINA = "z_loss_weight"
+"""The setting that only a config.json of Lumina-mGPT has (Alpha-VLLM/Lumina-mGPT, configuration_xllmx_chameleon.py)."""
+
 EPS = 1e-5
 """Of the norms of q and k in transformers, whatever its config says; the decoder has one for all norms."""
 

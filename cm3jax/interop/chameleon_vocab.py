@@ -124,6 +124,11 @@ def spelt(code: int) -> str:
     return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
 
 
+def reserved(number: int) -> str:
+    """Return the name of a reserved entry."""
+    return f"<reserved{number:05}>"
+
+
 def own_names(vocab: Vocab) -> dict[str, int]:
     """Return entries for a vocabulary that was made here, as Chameleon's tokenizer would name them; text by number."""
     names = {}

@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from cm3jax import trees
+from cm3jax import sharding, trees
 from cm3jax.config import Recipe, Sampling
 from cm3jax.nn import decoder, flops
 from cm3jax.plan import compiler, costs, estimate, hlo, programs, slices
 from cm3jax.plan.training import GIB, Plan
-from cm3jax.sample import decode, grammar
+from cm3jax.sample import decode, grammar, layout
 from cm3jax.sharding import fit
+from cm3jax.train import lm
 from cm3jax.types import UserError
 
 PROMPT = 64
@@ -29,10 +30,11 @@ def plan(recipe: Recipe, target: slices.Slice, rows: int = 0, dtype: str = "floa
     Raises:
       UserError: if the slice is not known, or the rows or the model do not divide over it.
     """
-    devices = compiler.devices(target)
-    step = programs.step(recipe.decoder, recipe.vocab, devices)
-    mesh = step.mesh
-    params = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), step.compiled.abstract.params)
+    devices, memory = compiler.devices(target), round(target.chip.hbm_gib * GIB)
+    stage = lm.resolve(recipe.decoder, devices[0])
+    asked = layout.mesh(recipe, len(devices) // sharding.slices(devices), memory)
+    mesh, model = sharding.mesh(asked, devices), lm.model(stage, recipe.vocab)
+    params = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), layout.abstract(model, mesh))
     data = mesh.shape["replica"] * mesh.shape["fsdp"]
     rows = rows or data
     if rows % data:
@@ -41,23 +43,23 @@ def plan(recipe: Recipe, target: slices.Slice, rows: int = 0, dtype: str = "floa
     cache = _cache_bytes(recipe, rows, PROMPT - 1 + codes) / (data * mesh.shape["tensor"])
     known = Plan(
         target=target,
-        stage=step.stage,
+        stage=stage,
         mesh=dict(mesh.shape),
         params=trees.size(params),
         state=programs.local_bytes(params),
         total=0,
-        limit=target.chip.hbm_gib * GIB,
+        limit=memory,
         fits=False,
         refusal="",
         flops=_flops(recipe, rows, codes),
         tokens=rows * codes,
     )
-    lower = lambda: _lower(recipe, step, params, rows, codes)  # noqa: E731
+    lower = lambda: _lower(recipe, model, params, rows, codes)  # noqa: E731
     return known.compiled(lower, mesh, lambda found: _terms(known, mesh, found, codes, cache))
 
 
-def _lower(recipe: Recipe, step: programs.Step, params, rows: int, codes: int) -> jax.stages.Lowered:
-    vocab, mesh, streams = recipe.vocab, step.mesh, decode.streams(GUIDED)
+def _lower(recipe: Recipe, model: decoder.Decoder, params, rows: int, codes: int) -> jax.stages.Lowered:
+    vocab, mesh, streams = recipe.vocab, sharding.mesh_of(params), decode.streams(GUIDED)
 
     def array(dtype, *shape: int | str) -> jax.ShapeDtypeStruct:
         sizes = tuple(rows if side == "b" else side for side in shape)
@@ -83,7 +85,6 @@ def _lower(recipe: Recipe, step: programs.Step, params, rows: int, codes: int) -
         penalty=array(floats, "b"),
     )
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    model = step.model(vocab)
     with jax.set_mesh(mesh):
         return decode.decode.lower(
             model,

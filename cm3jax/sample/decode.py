@@ -168,7 +168,7 @@ def decode(
       params: Of `model`, unboxed.
       prompts: Their streams differ in the prompt only: all get the same drawn ids.
       state: Where the grammar stands after each prompt.
-      forced: Ids to take in place of drawn ones, which the grammar must allow; -1 is free.
+      forced: Ids to take in place of drawn ones; -1 is free.
       keys: One a row. Step i uses fold_in(key, i), so that a row does not depend on its batch mates
         (up to the rounding of matrix products of other shapes).
     """

@@ -23,7 +23,7 @@ from cm3jax import checkpoint, rng, sharding, stages
 from cm3jax import config as configs
 from cm3jax.data import pictures as files
 from cm3jax.nn import decoder
-from cm3jax.sample import decode, grammar
+from cm3jax.sample import decode, grammar, layout
 from cm3jax.tokenizers import document
 from cm3jax.tokenizers import image as images
 from cm3jax.tokenizers import text as texts
@@ -56,33 +56,25 @@ def load(run, batch: int = 16, step: int | None = None, mesh: configs.Mesh | Non
         raise UserError(f"run {str(run)!r}: no recipe.json there; give the folder that `cm3jax run` wrote")
     recipe = configs.load(run / "recipe.json")
     text, image = texts.load(run / "text"), images.load(run / "image")
-    model = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
-    return of(recipe, model, weights(run, recipe, step, mesh), text, image, batch)
+    return of(recipe, layout.model(recipe), weights(run, recipe, step, mesh), text, image, batch)
 
 
 def weights(run, recipe: configs.Recipe, step: int | None = None, mesh: configs.Mesh | None = None):
-    """Return a run's decoder on this host's devices, sharded as in training, each array in the type of its file.
+    """Return a run's decoder on this host's devices, each array in the type of its file.
 
     Args:
       step: Checkpoint of the decoder; None: the latest.
-      mesh: How the devices are laid out; None: as in the recipe's training, or where that takes more devices than are
-        here, all of them along fsdp.
+      mesh: How the devices are laid out; None: as `sample.layout` says.
 
     Raises:
       UserError: if the mesh does not fit the devices, the model the mesh, or the checkpoint the model.
     """
-    model = decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
-    boxed = jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0))
-    placed = sharding.shardings(_mesh(recipe, mesh), boxed, strict="")
-    target = jax.tree.map(lambda x, s: x.update(sharding=s), sharding.unbox(boxed), placed)
+    devices = jax.local_devices()
+    if mesh is None:
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+        mesh = layout.mesh(recipe, len(devices), memory)
+    target = layout.abstract(layout.model(recipe), sharding.mesh(mesh, devices))
     return checkpoint.load_params(pathlib.Path(run) / "decoder", step=step, target=target, stored=True)
-
-
-def _mesh(recipe: configs.Recipe, asked: configs.Mesh | None) -> jax.sharding.Mesh:
-    devices, trained = jax.local_devices(), recipe.decoder.training.mesh
-    needed = np.prod([max(1, size) for size in dataclasses.astuple(trained)])
-    own = trained if needed <= len(devices) else configs.Mesh()
-    return sharding.mesh(own if asked is None else asked, devices)
 
 
 def identity(run, step: int | None = None) -> tuple[int, str]:
@@ -350,7 +342,12 @@ class Generator:
     def _codes(
         self, prompts, counts: Sequence[int], seed: int, sampling, numbers=None, name: str = "sample"
     ) -> list[np.ndarray]:
-        """Return `counts[row]` codes for each prompt, those that it knows held; `numbers`, `name`: as for `_draw`."""
+        """Return the codes among `counts[row]` ids for each prompt, of which those that it knows are held.
+
+        Args:
+          counts: Codes, and what stands between them.
+          numbers, name: As for `_draw`.
+        """
         self._room(prompts, "the text", max(counts, default=0))
         quarter = -(-self.codes // 4)
         steps = -(-max(counts, default=1) // quarter) * quarter  # at most four programs, whatever the regions
@@ -358,7 +355,7 @@ class Generator:
         rules = grammar.pictures(self.vocab, self.text.size, self.codes)
         sampling = dataclasses.replace(sampling, repetition_penalty=1.0)  # which is of words
         drawn = self._draw(rules, prompts, state, steps, seed, sampling, numbers, name)
-        return [(ids.astype(np.int64) - self.vocab.image_start).astype(np.uint16) for ids in drawn]
+        return [(ids[self.vocab.is_image(ids)] - self.vocab.image_start).astype(np.uint16) for ids in drawn]
 
     def _spans(self, prompts, seed: int, sampling, max_text: int) -> list[str]:
         """Return the text of one masked span for each prompt."""

@@ -39,7 +39,7 @@ RULES = {
     IMAGE_END: {BREAK: PART_START, EOD: DONE},
     TALK: {TEXT: TALK, TURN: DONE, EOD: DONE, BREAK: DONE},
 }
-"""mode -> {class allowed: next mode}."""
+"""mode -> {class allowed: next mode}. Another class, which only a held id can be, leaves the mode as it is."""
 
 FULL = {CODES: DONE, IMAGE_PART: IMAGE_END}
 """mode -> the mode that follows when the last code is in."""
@@ -156,5 +156,5 @@ def _permitted(grammar: Grammar, state: State) -> Bool[Array, "b 8"]:
 
 
 _ALLOWED = np.array([[kind in RULES[mode] for kind in range(TURN + 1)] for mode in range(len(RULES))])
-_NEXT = np.array([[RULES[mode].get(kind, DONE) for kind in range(TURN + 1)] for mode in range(len(RULES))], np.int32)
+_NEXT = np.array([[RULES[mode].get(kind, mode) for kind in range(TURN + 1)] for mode in range(len(RULES))], np.int32)
 _FULL = np.array([FULL.get(mode, mode) for mode in range(len(RULES))], np.int32)

@@ -14,7 +14,7 @@ from cm3jax import config as configs
 from cm3jax.sample import decode, generate, grammar
 from cm3jax.tokenizers import document, turns
 from cm3jax.types import Part, UserError
-from cm3jax.vocab import BREAK, EOSS
+from cm3jax.vocab import BREAK
 
 AROUND = 2
 """Tokens behind a picture's codes: <eoss>, and what ends the document."""
@@ -24,13 +24,18 @@ AROUND = 2
 class Generator(generate.Generator):
     """A decoder of Chameleon's form and its two tokenizers."""
 
+    @property
+    def written(self) -> int:
+        """Ids of one picture's codes and of what ends their rows."""
+        return self.codes + self.form.grid
+
     # ------------------------------------------------------------------------------------------------------- pictures
 
     def text_to_image(self, prompts, seed=0, sampling=configs.Sampling(), retrieved=None, numbers=None) -> np.ndarray:
         """Return a picture for each prompt, uint8 [n, h, w, 3]; see `generate.Generator`."""
         refuse_documents(retrieved)
         found = [turns.text_to_image(prompt, self.text, self.vocab, self.form) for prompt in prompts]
-        drawn = self._codes(found, [self.codes] * len(found), seed, sampling, numbers)
+        drawn = self._codes(found, [self.written] * len(found), seed, sampling, numbers)
         return self.image.decode(np.array(drawn, np.uint16).reshape(-1, self.codes))
 
     def infill_image(self, pictures, captions, boxes, seed=0, sampling=configs.Sampling(), retrieved=None):
@@ -128,9 +133,10 @@ class Generator(generate.Generator):
                 rows[j] = document.join(rows[j], ids)
             going = [j for j in going if rows[j][-1] == BREAK]
             prompts = [turns.picture(rows[j], self.vocab, self.form) for j in going]
-            found = self._codes(prompts, [self.codes] * len(going), seed, sampling, going, f"sample/image/{i}")
+            found = self._codes(prompts, [self.written] * len(going), seed, sampling, going, f"sample/image/{i}")
             for j, codes in zip(going, found, strict=True):
-                rows[j] = document.join(rows[j], document.image_ids(codes, self.vocab), EOSS)
+                picture = turns.part_ids(codes, self.text, self.vocab, self.form)
+                rows[j] = document.join(rows[j][:-1], picture)  # which begins with <break>
                 left[j] -= 1
         return rows
 
@@ -147,7 +153,8 @@ class Generator(generate.Generator):
         room = self._room(prompts, "the document", 1)
         left = np.minimum(max_text, room - 1)
         state = grammar.start([grammar.TALK] * len(prompts), left=left, room=room, parts=np.asarray(pictures, int))
-        rules = grammar.talk(self.vocab, self.text.size, self.codes, self.text.unsaid, self.form.turn)
+        picture = self.written + len(turns.opening(self.form)) - 1
+        rules = grammar.talk(self.vocab, self.text.size, picture, self.text.unsaid, self.form.turn)
         steps = decode.bucket(int(left.max(initial=1)) + 1)
         return self._draw(rules, prompts, state, steps, seed, sampling, numbers, name)
 
