@@ -30,7 +30,7 @@ IMPORTED = "imported.json"  # foreign.ABOUT, which would load jax
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
 FeatureName = Literal["edges", "segmentation", "hed", "pose", "depth", "normals", "scribble"]
 Benchmark = Literal["all", "train", "decode", "data", "prepare", "chameleon", "chameleon-7b"]
-SuiteName = Literal["scenes", "tasks", "pictures", "captions", "vqa"]
+SuiteName = Literal["scenes", "tasks", "pictures", "captions", "vqa", "science-qa", "visdial"]
 TextKind = Literal["captions", "vqa", "vizwiz", "science-qa", "visdial"]
 Examples = UseAppendAction[tuple[tuple[str, ...], ...]]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
@@ -753,7 +753,8 @@ class Evaluate:
     """Finished run folder."""
     suite: tuple[SuiteName, ...] = ()
     """scenes: what the evaluation without --suite makes, if it is not there. pictures: drawn from captions, by the
-    figures of --score.metrics. captions: CIDEr-D, BLEU, ROUGE-L. vqa: accuracy. tasks: the embedded world's."""
+    figures of --score.metrics. captions: CIDEr-D, BLEU, ROUGE-L. vqa (VizWiz too), science-qa: accuracy. visdial:
+    NDCG. tasks: the embedded world's."""
     held_out: str = ""
     """--suite: folder of `cm3jax prepare`, with the documents to score on; "": RUN."""
     split: str = "test"
@@ -944,12 +945,14 @@ class Plan:
     """Slice, as users name it (v5p-128), as the compiler does (v5p:4x4x4), or both (v5p-128=v5p:4x4x4)."""
     slices: int = 1
     """Number of such slices, joined by the data-center network."""
-    use: Annotated[Literal["train", "sample"], arg(name="for")] = "train"
-    """What to compile: the train step, or prefill and the decode loop."""
+    use: Annotated[Literal["train", "sample", "search"], arg(name="for")] = "train"
+    """What to compile: the train step, prefill and the decode loop, or the search of a memory bank on the mesh."""
     rows: int = 0
     """--for sample: pictures drawn at one time; 0: one a chip."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """--for sample: that the weights are kept in; imported ones keep their file's."""
+    documents: int = 1_000_000
+    """--for search: of the bank, whose vectors are as long as retriever.model.size."""
     search: bool = False
     """If it does not fit, try changes, the cheapest first, until one does."""
     json: bool = False
@@ -966,6 +969,8 @@ class Plan:
             return show.published()
         if self.use == "sample":
             return show.sampling(self.recipe, self.topology, self.slices, self.rows, self.dtype, self.json)
+        if self.use == "search":
+            return show.searched(self.recipe, self.topology, self.slices, self.documents, self.json)
         return show.training(self.recipe, self.topology, self.slices, self.search, self.json)
 
 

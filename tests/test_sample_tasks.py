@@ -1,5 +1,6 @@
 """Laws of answers to tasks; a tiny model with random weights."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from cm3jax import cli
 from cm3jax import config as configs
 from cm3jax.data import packing
 from cm3jax.nn import decoder
-from cm3jax.sample import generate, tasks
+from cm3jax.sample import decode, generate, tasks
 from cm3jax.tasks import show, table, templates
 from cm3jax.tokenizers import document
 from cm3jax.types import UserError
-from cm3jax.vocab import Vocab
+from cm3jax.vocab import EOSS, Vocab
 
 VOCAB = Vocab(text=320, image=11, sentinels=4, multiple=8)
 SIDE, CODES, LENGTH = 8, 4, 160
@@ -44,6 +45,28 @@ def values(task, seed=0):
     one, rng = table.find(task), np.random.default_rng(seed)
     picture = lambda: rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)  # noqa: E731
     return {name: picture() if table.is_picture(name) else "a b" for name in one.fields if name not in one.answer}
+
+
+def test_the_likelihood_of_a_text_is_that_of_its_tokens_without_a_cache(generator):
+    """Among the ids that a text can have: text, and from the second token on its end."""
+    texts = ["a b", "Question", ""]
+    (row,) = tasks.encoded(generator, table.find("question"), [values("question")])
+    prompt = templates.prompt("question", row, generator.text, VOCAB)
+    found = generator.likelihood([prompt] * 3, texts)
+    assert found[2] == -np.inf and found.dtype == np.float32
+    for text, value in zip(texts[:2], found, strict=False):
+        ids = np.concatenate([prompt.ids, document.text_ids(text, generator.text, VOCAB), [EOSS]])
+        whole = decode.pad([[ids]], LENGTH, [[prompt.hidden]], VOCAB, LENGTH - CODES)
+        segments = jnp.asarray(np.arange(LENGTH) >= LENGTH - len(ids), jnp.int32)[None]
+        placed = (jnp.asarray(x[0]) for x in (whole.ids, whole.positions))
+        hidden, _ = generator.model.apply({"params": generator.params}, *placed, segments)
+        logits = np.array(decoder.logits(generator.params, MODEL, hidden))[0, -len(ids) + len(prompt.ids) - 1 : -1]
+        spoken = [i for i in range(VOCAB.text_start + generator.text.size) if i >= VOCAB.text_start + 1]
+        rows = np.full((len(logits), VOCAB.size), -np.inf)
+        rows[:, spoken] = logits[:, spoken]
+        rows[1:, EOSS] = logits[1:, EOSS]
+        logprobs = np.array(jax.nn.log_softmax(rows))[np.arange(len(rows)), ids[len(prompt.ids) :]]
+        assert float(value) == pytest.approx(float(logprobs.sum()), abs=1e-4)
 
 
 @pytest.mark.parametrize("task", ["edit", "reasoning"])

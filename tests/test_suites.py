@@ -122,6 +122,51 @@ def test_questions_are_asked_without_their_answer(run, model, monkeypatch):
     assert values(found) == pytest.approx(wanted)
 
 
+def problems():
+    """Return questions with choices, one with an explanation."""
+    shared = {"context": "", "image": picture()}
+    one = {"question": "Which flies?", "options": "(A) a dog (B) a bird", "answer": "(B) a bird", **shared}
+    two = {"question": "Which swims?", "options": "(A) a fish (B) a cat", "answer": "(A) a fish", **shared}
+    truth = {"subject": "natural science", "grade": "grade3"}
+    return [
+        document("choice", one, 0, "p1", {"choices": ["a dog", "a bird"], "answer": 1} | truth),
+        document("reasoning", two | {"explanation": "It has fins."}, 0, "p2",
+                 {"choices": ["a fish", "a cat"], "answer": 0} | truth),
+        document("choice", one, 0, "p3", {"choices": ["a dog", "a bird"], "answer": 1} | truth),
+    ]  # fmt: skip
+
+
+def test_choices_are_read_from_what_is_said_by_letter_or_text(tmp_path, model, monkeypatch):
+    run = write(tmp_path / "run", [*records(), *problems()])
+
+    def answer(generator, task, rows, *how):
+        assert all(set(row) == {"question", "context", "options", "image"} for row in rows)
+        return [{"answer": {"choice": ["A bird", "(A)"], "reasoning": ["nothing"]}[task][i]} for i in range(len(rows))]
+
+    monkeypatch.setattr(suites.tasks, "answer", answer)
+    found = values(scored(run, "science-qa")["science-qa"])
+    assert found == pytest.approx(
+        {"accuracy": 1 / 3, "accuracy/NAT": 1 / 3, "accuracy/IMG": 1 / 3, "accuracy/G1-6": 1 / 3}
+    )
+
+
+def test_candidates_are_ranked_by_likelihood_behind_what_was_said_before(tmp_path, model, monkeypatch):
+    relevance = [0.0, 1.0, 0.5]
+    said = {"caption": "A dog.", "history": [["is it wet", "yes"]], "round": 2, "answer": 1}
+    truth = {"candidates": ["a", "b", "c"], "relevance": relevance} | said
+    row = document("question", {"question": "is it old", "answer": "b", "image": picture()}, 0, "42/2", truth)
+    run = write(tmp_path / "run", [*records(), row])
+    asked, likely = [], np.array([-3.0, -2.0, -2.0])
+    model.text, model.vocab, model.likelihood = None, None, lambda prompts, texts: likely
+    monkeypatch.setattr(suites.tasks, "encoded", lambda generator, task, rows: rows)
+    monkeypatch.setattr(suites.templates, "prompt", lambda task, row, *how: asked.append(row["question"]))
+    found = values(scored(run, "visdial")["visdial"])
+    assert asked == ["A dog. is it wet? yes. is it old"]
+    (said,) = json.loads(next(run.glob("suites/visdial-*/said.json")).read_text())
+    assert said == {"image_id": "42", "round_id": "2", "ranks": [3, 1, 2]}
+    assert found == {"NDCG": pytest.approx(1.0)}
+
+
 def test_pictures_are_drawn_from_first_captions_beside_those_held_out(run, model, monkeypatch):
     monkeypatch.setattr(suites, "BLOCK", 3)
     found = scored(run, "pictures")["pictures"]
@@ -227,7 +272,7 @@ def test_what_a_suite_lacks_is_one_line_before_any_work(run, model, name, more, 
 
 
 def test_a_model_of_another_form_is_not_asked(run):
-    with pytest.raises(UserError, match="suites vqa and tasks ask as CM3Leon's documents do; .* is of form chameleon"):
+    with pytest.raises(UserError, match="suite vqa asks as CM3Leon's documents do; .* is of form chameleon"):
         suites.evaluate(("vqa",), run, talking_run.RECIPE, run)
 
 
@@ -273,7 +318,7 @@ def test_names_of_the_command_line_are_the_suites():
 
 
 @pytest.mark.slow
-def test_a_real_model_is_scored_by_three_suites_from_the_command_line(tmp_path, capsys, monkeypatch):
+def test_a_real_model_is_scored_by_suites_from_the_command_line(tmp_path, capsys, monkeypatch):
     """A tiny one with random weights."""
     net = configs.VQGAN(patch=4, width=8, multipliers=(1,), encoder_blocks=1, decoder_blocks=1, attention=(), z=3)
     model = configs.Decoder(layers=1, width=16, heads=2, position="both", dtype="float32")
@@ -284,15 +329,20 @@ def test_a_real_model_is_scored_by_three_suites_from_the_command_line(tmp_path, 
         decoder=configs.DecoderStage(model=model, packing=configs.Packing("whole", 160, picture=16)),
         evaluate=configs.Evaluate(samples=3, batch=4, max_text=6),
     )
-    held = write(tmp_path / "held", records())
+    truth = {"candidates": ["yes", "no", "a dog"], "relevance": [0.0, 1.0, 0.5], "answer": 1}
+    truth |= {"caption": "", "history": [], "round": 1}
+    judged = document("question", {"question": "is it old", "answer": "no", "image": picture()}, 0, "42/1", truth)
+    held = write(tmp_path / "held", [*records(), *problems(), judged])
     run = tmp_path / "run"
     run.mkdir()
     random_run.make(run, recipe, ["a red dog", "Question: What 1? Answer: yes."] * 9)
-    told = ["evaluate", str(run), "--suite", "captions", "vqa", "pictures", "--held-out", str(held)]
-    told += ["--score.metrics", "psnr", "ssim"]
+    told = ["evaluate", str(run), "--held-out", str(held), "--score.metrics", "psnr", "ssim"]
+    told += ["--suite", "captions", "vqa", "pictures", "science-qa", "visdial"]
     assert cli.main(told) == 0
     out = capsys.readouterr().out
-    assert "suite captions: CIDEr: " in out and "suite vqa: accuracy: " in out and "suite pictures: ssim: " in out
+    for line in ("captions: CIDEr: ", "vqa: accuracy: ", "pictures: ssim: ", "science-qa: accuracy/NAT: "):
+        assert f"suite {line}" in out
+    assert "suite visdial: NDCG: " in out
     assert cli.main(told) == 0
-    assert capsys.readouterr().out.count("(known)") == 6 + 3 + 2
+    assert capsys.readouterr().out.count("(known)") == 6 + 3 + 2 + 4 + 1
     assert cli.main(["tabulate", *(str(run / "suites" / f"{name}.json") for name in ("captions", "vqa"))]) == 0

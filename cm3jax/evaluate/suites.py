@@ -2,7 +2,9 @@
 
     pictures   a picture for each caption, against those held out (`score`; the settings name metrics and weights)
     captions   a caption for each picture, against what people wrote (`words`)
-    vqa        answers to questions about pictures, against those of people (`words`)
+    vqa        answers to questions about pictures, against those of people; VizWiz's too (`words`)
+    science-qa choices among given answers, explained first where people explained theirs (`words`)
+    visdial    candidates for an answer, by their likelihood, against how fitting people found each (`words`)
     tasks      answers to the embedded world's tasks, against their exact truth (`tasks`)
 
 Each leaves RUN/suites/NAME.json, a result file. What the model gave lies in RUN/suites/NAME-XXXXXXXX/, in blocks, where
@@ -27,7 +29,7 @@ from cm3jax import checkpoint, stages
 from cm3jax import config as configs
 from cm3jax.data import shards
 from cm3jax.data.scenes_world import TASKS
-from cm3jax.evaluate import protocol, results, score, words
+from cm3jax.evaluate import answers, protocol, results, score, words
 from cm3jax.evaluate import tasks as judges
 from cm3jax.sample import generate, recall, tasks
 from cm3jax.stages import write_text
@@ -159,8 +161,8 @@ def evaluate(
     run = pathlib.Path(run)
     if "pictures" in names:
         score.needs(scoring, "score.")
-    if set(names) & {"vqa", "tasks"} and recipe.form.kind != "cm3leon":
-        raise UserError(f"suites vqa and tasks ask as CM3Leon's documents do; {run} is of form {recipe.form.kind}")
+    if (asks := sorted({"vqa", "science-qa", "visdial", "tasks"} & set(names))) and recipe.form.kind != "cm3leon":
+        raise UserError(f"suite {asks[0]} asks as CM3Leon's documents do; {run} is of form {recipe.form.kind}")
     bench = Bench(run, recipe, shards.Reader(pathlib.Path(held_out) / "prepared", split), decoding, scoring, say)
     with stages.locked(run):
         return {name: SUITES[name](bench, run / "suites" / f"{name}.json") for name in names}
@@ -251,8 +253,7 @@ def vqa(bench: Bench, out: pathlib.Path) -> dict:
         return before
 
     def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
-        values = [templates.read("question", record.parts) for record in records]
-        given = [{name: value for name, value in row.items() if name != "answer"} for row in values]
+        given = [unanswered("question", record) for record in records]
         found = tasks.answer(bench.generator, "question", given, seed, settings.write, settings.max_text)
         return [row["answer"] for row in found]
 
@@ -265,6 +266,89 @@ def vqa(bench: Bench, out: pathlib.Path) -> dict:
         for key, known in records
     ]
     return worded(bench, "vqa", folder, out, found, {"annotations": truth}, how)
+
+
+def told_choices(record: Record) -> list[str]:
+    """Return the answers to choose from; [] for other documents."""
+    truth = record.fields.get("truth")
+    asks = record.fields.get("task") in ("choice", "reasoning") and isinstance(truth, dict)
+    return truth.get("choices", []) if asks else []
+
+
+def science_qa(bench: Bench, out: pathlib.Path) -> dict:
+    """Score choices among given answers by ScienceQA's accuracy."""
+    settings, rows = bench.recipe.evaluate, bench.rows(told_choices, "science-qa: a question with choices")
+    how = decoded(settings, settings.write, max_text=settings.max_text)
+    folder = bench.folder("science-qa", rows, how)
+    if before := known(bench, out, folder, words.SCORED_BY):
+        return before
+
+    def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
+        found = [""] * len(records)
+        for task in ("choice", "reasoning"):
+            here = [i for i, record in enumerate(records) if record.fields["task"] == task]
+            given = [unanswered(task, records[i]) for i in here]
+            for i, row in zip(
+                here, tasks.answer(bench.generator, task, given, seed, settings.write, settings.max_text), strict=True
+            ):
+                found[i] = row["answer"]
+        return found
+
+    said = bench.answers(folder, rows, work)
+    results_, problems = {}, {}
+    for text, record in zip(said, (bench.reader[i] for i in rows), strict=True):
+        truth, hint = record.fields["truth"], unanswered(record.fields["task"], record)["context"]
+        results_[record.key] = answers.chosen(text, truth["choices"])
+        problems[record.key] = truth | {"hint": hint, "image": "image.png", "split": SPLIT}
+    return worded(bench, "science-qa", folder, out, {"results": results_}, problems, how)
+
+
+SPLIT = "test"
+"""What `words` calls the documents of a suite, whichever split they are."""
+
+
+def unanswered(task: str, record: Record) -> dict[str, Any]:
+    """Return the fields of a document but those of the answer."""
+    values = templates.read(task, record.parts)
+    return {name: value for name, value in values.items() if name not in table.find(task).answer}
+
+
+def judged(record: Record) -> list[float]:
+    """Return how fitting people found each candidate for an answer; [] for other documents."""
+    truth = record.fields.get("truth")
+    return truth.get("relevance", []) if record.fields.get("task") == "question" and isinstance(truth, dict) else []
+
+
+def visdial(bench: Bench, out: pathlib.Path) -> dict:
+    """Score the order of candidate answers, by their likelihood, by VisDial's NDCG.
+
+    The question is asked behind the caption and all that was said before, as text; published protocols differ in that.
+    """
+    rows = bench.rows(judged, "visdial: a question with judged candidates")
+    how = {"decoding": {"ranked by": "likelihood", "asked": "caption, history, question"}}
+    folder = bench.folder("visdial", rows, how)
+    if before := known(bench, out, folder, words.SCORED_BY):
+        return before
+
+    def work(records: list[Record], numbers: list[int], seed: int) -> list[list[int]]:
+        return [ranks(bench.generator, record) for record in records]
+
+    said = bench.answers(folder, rows, work)
+    keys = [dict(zip(("image_id", "round_id"), bench.reader[i].key.rsplit("/", 1), strict=True)) for i in rows]
+    found = [key | {"ranks": row} for key, row in zip(keys, said, strict=True)]
+    truth = [key | {"gt_relevance": judged(bench.reader[i])} for key, i in zip(keys, rows, strict=True)]
+    return worded(bench, "visdial", folder, out, found, truth, how)
+
+
+def ranks(generator: Any, record: Record) -> list[int]:
+    """Return the rank of each candidate, 1 the likeliest; of equal ones the first."""
+    truth, values = record.fields["truth"], unanswered("question", record)
+    before = [truth["caption"], *(f"{question}? {reply}." for question, reply in truth["history"])]
+    values["question"] = " ".join([*(text for text in before if text), values["question"]])
+    (row,) = tasks.encoded(generator, table.find("question"), [values])
+    prompt = templates.prompt("question", row, generator.text, generator.vocab)
+    likely = generator.likelihood([prompt] * len(truth["candidates"]), truth["candidates"])
+    return (np.argsort(np.argsort(-likely, kind="stable"), kind="stable") + 1).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -358,5 +442,7 @@ SUITES: dict[str, Callable[[Bench, pathlib.Path], dict]] = {
     "pictures": pictures,
     "captions": captions,
     "vqa": vqa,
+    "science-qa": science_qa,
+    "visdial": visdial,
     "tasks": answered,
 }

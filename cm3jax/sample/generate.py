@@ -28,7 +28,7 @@ from cm3jax.tokenizers import document
 from cm3jax.tokenizers import image as images
 from cm3jax.tokenizers import text as texts
 from cm3jax.types import Part, UserError
-from cm3jax.vocab import Vocab
+from cm3jax.vocab import EOSS, Vocab
 
 GREEDY = configs.Sampling(temperature=0.0)
 MASK = "<mask>"
@@ -357,6 +357,28 @@ class Generator:
         drawn = self._draw(rules, prompts, state, steps, seed, sampling, numbers, name)
         return [(ids[self.vocab.is_image(ids)] - self.vocab.image_start).astype(np.uint16) for ids in drawn]
 
+    def likelihood(self, prompts: Sequence[document.Prompt], texts: Sequence[str]) -> np.ndarray:
+        """Return the log-probability of each text as what a prompt for a masked span asks for, in nats, float32 [n].
+
+        It is that of all its tokens and of its end, among the ids that text can have; -inf for an empty one.
+
+        Raises:
+          UserError: if a prompt and its text do not fit the model's row.
+        """
+        _same_length(prompts=prompts, texts=texts)
+        spoken = [document.join(document.text_ids(text, self.text, self.vocab), EOSS) for text in texts]
+        held = [dataclasses.replace(p, known=ids.astype(np.int64)) for p, ids in zip(prompts, spoken, strict=True)]
+        sizes = np.array([len(ids) for ids in spoken], int)
+        self._room(held, "the text", int(sizes.max(initial=1)))
+        state = grammar.start([grammar.SPAN_START] * len(held), left=sizes)
+        rules, steps = (
+            grammar.captions(self.vocab, self.text.size, self.codes),
+            decode.bucket(int(sizes.max(initial=1))),
+        )
+        found = self._drawn(rules, held, state, steps, 0, GREEDY)
+        sums = [logprobs[:size].sum() for (_, logprobs), size in zip(found, sizes, strict=True)]
+        return np.where(sizes > 1, sums, -np.inf).astype(np.float32)
+
     def _spans(self, prompts, seed: int, sampling, max_text: int) -> list[str]:
         """Return the text of one masked span for each prompt."""
         drawn = self._span_ids(prompts, seed, sampling, max_text)
@@ -390,7 +412,15 @@ class Generator:
     def _draw(
         self, rules, prompts, state: grammar.State, steps: int, seed: int, sampling, numbers=None, name: str = "sample"
     ) -> list[np.ndarray]:
-        """Return the drawn ids of each prompt, in batches of one fixed size; the last is filled with rows long done.
+        """Return the drawn ids of each prompt; the arguments are those of `_drawn`."""
+        return [ids for ids, _ in self._drawn(rules, prompts, state, steps, seed, sampling, numbers, name)]
+
+    def _drawn(
+        self, rules, prompts, state: grammar.State, steps: int, seed: int, sampling, numbers=None, name: str = "sample"
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the drawn ids of each prompt, and the log-probability of each among those that the grammar allows.
+
+        Batches are of one fixed size; the last is filled with rows long done.
 
         Args:
           numbers: int [n], whose streams of random numbers the rows draw from; None: 0, 1, ...
@@ -409,7 +439,7 @@ class Generator:
         return drawn
 
     def _batch(self, rules, prompts, state, rows, length: int, steps: int, seed: int, sampling, numbers, name: str):
-        """Return the drawn ids of these rows; those beyond the last prompt are done before they begin."""
+        """Return what is drawn of these rows; those beyond the last prompt are done before they begin."""
         here = np.minimum(rows, len(prompts) - 1)
         numbers = numbers[here]
         state = jax.tree.map(lambda x: x[here], state)
@@ -434,8 +464,8 @@ class Generator:
                 _forced(chosen, steps),
                 rng.rows(rng.key(seed, name), jnp.asarray(numbers)),
             )
-        ids, lengths = np.asarray(out.ids), np.asarray(out.lengths)
-        return [ids[i, : lengths[i]] for i in np.flatnonzero(rows < len(prompts))]
+        ids, lengths, logprobs = (np.asarray(x) for x in out)
+        return [(ids[i, : lengths[i]], logprobs[i, : lengths[i]]) for i in np.flatnonzero(rows < len(prompts))]
 
 
 def _forced(prompts, steps: int) -> np.ndarray:
