@@ -207,6 +207,9 @@ class Prepare:
     """Processes; 0: one per core."""
     seed: int = 0
     """scenes only: which scenes are drawn."""
+    feature: str = later("")
+    """Make of every captioned picture a document that draws it from a feature image, made of it: "edges", "scribble",
+    or "KIND=package.module:function", a function of yours: uint8 [h, w, 3] -> the same."""
 
     def __post_init__(self):
         within(self, "prepare", 0, SEEDS - 1, "seed")

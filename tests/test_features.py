@@ -1,10 +1,15 @@
 """Laws of feature images that are made of any picture."""
 
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from cm3jax import config as configs
+from cm3jax.data import prepare, shards
 from cm3jax.tasks import features
-from cm3jax.types import UserError
+from cm3jax.types import ANSWER, UserError
 
 
 def disc(side=96):
@@ -55,3 +60,50 @@ def test_without_scikit_image_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "skimage", None)
     with pytest.raises(UserError, match=r"pip install 'cm3jax\[features\]'"):
         features.make("edges", disc())
+
+
+# ----------------------------------------------------------------------------------------- documents to be trained on
+
+
+def prepared(tmp_path, feature, picture=None):
+    """Prepare a folder of two captioned pictures and a page."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for i, side in enumerate((96, 120)):
+        Image.fromarray(disc(side) if picture is None else picture).save(root / f"{i}.png")
+    rows = [{"file_name": f"{i}.png", "text": f"disc {i}", "split": "train"} for i in range(2)]
+    rows += [{"parts": ["a page", {"file_name": "0.png"}, "of text"]}]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = configs.Prepare(source=str(root), resolution=32, workers=1, feature=feature)
+    summary = prepare.prepare(settings, tmp_path / "out", progress=False)
+    return summary, list(shards.Reader(tmp_path / "out", "train"))
+
+
+def test_captioned_pictures_become_documents_that_draw_them_from_a_feature(tmp_path):
+    summary, found = prepared(tmp_path, "edges")
+    assert summary["rejects"] == {"no captioned picture": 1}
+    for i, record in enumerate(found):
+        words, made, caption, picture = record.parts
+        assert words == "Make high quality image from canny edge features" and caption == f"disc {i}"
+        assert picture.shape == (32, 32, 3) and np.array_equal(made, features.make("edges", picture))
+        assert [(r.part, r.kind, r.label) for r in record.regions] == [(3, ANSWER, "image")]
+        assert record.fields == {"task": "edges", "wording": 0, "truth": {}}
+
+
+def test_a_named_function_makes_them_and_costs_only_the_pictures_that_it_fails_on(tmp_path, monkeypatch):
+    (tmp_path / "my_maps.py").write_text(
+        "def invert(picture):\n    return 255 - picture\ndef broken(picture):\n    return {}[0]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    _, found = prepared(tmp_path, "normals=my_maps:invert")
+    assert all(np.array_equal(record.parts[1], 255 - record.parts[3]) for record in found) and len(found) == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(UserError, match="none of 3 rows is usable; first: metadata.jsonl:1: feature failed"):
+        prepared(other, "normals=my_maps:broken")
+
+
+def test_a_feature_that_nothing_makes_is_one_line_before_any_work(tmp_path):
+    for wrong, message in (("depth", "is not made here"), ("smell", "no such feature"), ("hed=os:none", "os:none")):
+        with pytest.raises(UserError, match=message):
+            prepare.check(configs.Prepare(source="x", feature=wrong))

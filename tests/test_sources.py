@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from cm3jax import config
 from cm3jax.data import metadata, sources, sources_tfds, sources_webdataset
 from cm3jax.data.example import Bad, Example
-from cm3jax.types import Region, UserError
+from cm3jax.tasks import templates
+from cm3jax.types import ANSWER, Region, UserError
 from tests import broken
 
 
@@ -93,6 +94,37 @@ def test_a_row_with_parts_becomes_an_interleaved_document(tmp_path):
     (found,) = examples(folder(tmp_path, {"parts": parts, "regions": [{"box": [0, 0, 1, 1], "part": 3}]}))
     assert found.parts == ("before", broken.encoded(seed=1), "between", broken.encoded(seed=2))
     assert found.regions[0].part == 3
+
+
+def test_a_row_with_a_task_becomes_its_document_with_the_answer_marked(tmp_path):
+    row = {
+        "task": "depth",
+        "feature_image": {"file_name": "1.png"},
+        "caption": "a cat",
+        "image": {"file_name": "2.png"},
+    }
+    asked = {
+        "task": "question",
+        "question": "What is it?",
+        "answer": "a cat",
+        "image": {"file_name": "0.png"},
+        "year": 3,
+    }
+    lacks, unknown = {"task": "depth", "caption": "a cat"}, {"task": "smell"}
+    info = {"task": "depth", "file_name": "3.png", "text": "a plain pair"}
+    drawn, told, *bad, plain = examples(folder(tmp_path, row, asked, lacks, unknown, info))
+    assert drawn.parts[1:] == (broken.encoded(seed=1), "a cat", broken.encoded(seed=2))
+    assert [(r.part, r.kind, r.label) for r in drawn.regions] == [(3, ANSWER, "image")]
+    assert drawn.fields == {"task": "depth", "wording": 0, "truth": {}}
+    assert templates.read("question", told.parts) == {
+        "question": "What is it?",
+        "answer": "a cat",
+        "image": told.parts[1],
+    }
+    assert told.fields["year"] == 3 and told.regions[0].label == "answer"
+    assert [reject.reason for reject in bad] == ["bad task"] * 2
+    assert "feature_image" in bad[0].detail and "smell" in bad[1].detail
+    assert plain.parts == ("a plain pair", broken.encoded(seed=3)) and plain.fields == {"task": "depth"}
 
 
 def test_of_several_captions_the_first_is_the_documents_and_all_are_kept(tmp_path):

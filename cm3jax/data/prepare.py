@@ -24,6 +24,7 @@ from PIL import Image
 from cm3jax import config
 from cm3jax.data import index, prepare_shard, shards, sources
 from cm3jax.data import progress as bars
+from cm3jax.tasks import features
 from cm3jax.types import UserError
 
 VERSION = 4  # part of HASH; raise it when the same config would give other records
@@ -90,6 +91,8 @@ def check(settings: config.Prepare) -> None:
     shares = settings.validation, settings.test
     if min(shares) < 0 or sum(shares) >= 1:
         raise UserError(f"prepare.validation = {shares[0]}, prepare.test = {shares[1]}: must be >= 0 and add up to < 1")
+    if settings.feature:
+        features.find(*settings.feature.split("=", 1))
 
 
 def _finished(out: pathlib.Path, name: str, identity: dict) -> dict | None:

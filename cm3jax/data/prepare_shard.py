@@ -15,7 +15,8 @@ import numpy as np
 from cm3jax import config
 from cm3jax.data import example, pictures, shards
 from cm3jax.data.example import Bad, Example, Reject
-from cm3jax.types import ANSWER, Record
+from cm3jax.tasks import features, templates
+from cm3jax.types import ANSWER, Record, UserError
 
 MAX_TEXT = 100_000  # characters of a caption
 SPLIT = re.compile(r"\w{1,40}", re.ASCII)
@@ -170,7 +171,35 @@ def to_record(item: Example, decoded: list[str | np.ndarray], settings: config.P
     side = settings.resolution
     parts = tuple(part if isinstance(part, str) else pictures.crop(part, side) for part in decoded)
     values = {name: getattr(item, name) for name in ("key", "fields", "group", "license", "source")}
-    return Record(parts=parts, regions=_regions(item, decoded), split=split(item, decoded, settings), **values)
+    values |= {"parts": parts, "regions": _regions(item, decoded)}
+    values |= featured(item, parts, settings.feature) if settings.feature else {}
+    return Record(split=split(item, decoded, settings), **values)
+
+
+def featured(item: Example, parts: tuple, feature: str) -> dict:
+    """Return parts, regions and fields of the document that draws a captioned picture from what a function makes of it.
+
+    Args:
+      parts: Of the example; its picture cropped.
+      feature: As `Prepare.feature`.
+
+    Raises:
+      Bad: if the example is no captioned picture, or the function fails on it.
+    """
+    kind, *maker = feature.split("=", 1)
+    if [type(part) is str for part in parts] != [True, False] or item.fields.get("task", "caption") != "caption":
+        raise Bad("no captioned picture", f"prepare.feature = {feature!r} makes documents of a caption and a picture")
+    told = templates.read("caption", parts) if "task" in item.fields else {"caption": parts[0]}
+    try:
+        made = features.make(kind, parts[1], *maker)
+    except UserError:
+        raise
+    except Exception as e:
+        raise Bad("feature failed", f"{feature}: {type(e).__name__}: {e}") from None
+    values = {"caption": told["caption"], "feature_image": made, "image": parts[1]}
+    made_parts, regions = templates.make(kind, values)
+    fields = item.fields | {"task": kind, "wording": 0, "truth": {}}
+    return {"parts": made_parts, "regions": regions, "fields": fields}
 
 
 def _regions(item: Example, decoded: list) -> tuple:

@@ -3,10 +3,13 @@
     {"file_name": "a.png", "text": "a cat", "license": "CC0-1.0", "source": "me", "split": "test", "group": "house 7",
      "regions": [{"box": [0.1, 0.2, 0.5, 0.6], "kind": "face", "label": "Ada"}]}
     {"parts": ["before", {"file_name": "a.png"}, "after", {"file_name": "b.png"}]}
+    {"task": "edit", "image": {"file_name": "a.png"}, "instruction": "make it blue",
+     "edited_image": {"file_name": "b.png"}}
 
-Only `file_name` and `text` (or `parts`) are needed. `text` may be a list of captions: the first is the document's, all
-are kept in `fields["captions"]`. A box is (x0, y0, x1, y1) in fractions of the upright picture's sides. Further columns
-are kept in `fields`. The metadata may also lie in sub-folders: train, validation and test then name the split.
+Only `file_name` and `text`, or `parts`, or a task and its fields (`cm3jax tasks`) are needed. `text` may be a list of
+captions: the first is the document's, all are kept in `fields["captions"]`. A box is (x0, y0, x1, y1) in fractions of
+the upright picture's sides. Further columns are kept in `fields`. The metadata may also lie in sub-folders: train,
+validation and test then name the split.
 """
 
 import contextlib
@@ -18,12 +21,14 @@ import math
 import os
 import pathlib
 import stat
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from cm3jax import config
 from cm3jax.data import example, metadata, pictures
 from cm3jax.data.example import Bad, Example, Reject
+from cm3jax.tasks import table, templates
 from cm3jax.types import Region, UserError
 
 NAMES = ("metadata.jsonl", "metadata.csv")
@@ -144,18 +149,37 @@ def to_example(row: dict[str, Any], key: str, where: str, text: str, split: str,
       Bad: with the reason for rejects.jsonl.
     """
     row = {name: value for name, value in row.items() if value is not None and (value != "" or name == text)}
+    known, answers, captions = {"file_name", "parts", "regions", text, *STRINGS}, (), []
     if "parts" in row:
-        parts, captions = tuple(_part(part, read) for part in _list(row, "parts")), []
+        parts = tuple(_part(part, read) for part in _list(row, "parts"))
+    elif "task" in row and "file_name" not in row:
+        row, parts, answers = _of_task(row, key, read)
+        known = {*known, *table.find(row["task"]).fields}
     else:
         captions = captions_of(row, text)
         parts = (captions[0], read(row.get("file_name")))
-    known = {"file_name", "parts", "regions", text, *STRINGS}
     fields = {name: value for name, value in row.items() if name not in known}
     if len(captions) > 1:
         fields["captions"] = captions
     strings = {name: _string(row, name) for name in STRINGS}
     strings["split"] = strings["split"] or split
-    return Example(key, parts, where, fields, regions(row, parts), **strings)
+    return Example(key, parts, where, fields, (*answers, *regions(row, parts)), **strings)
+
+
+def _of_task(row: dict[str, Any], key: str, read) -> tuple[dict, tuple, tuple]:
+    """Return a row with what an example of a task has, its parts, and where its answer stands.
+
+    Raises:
+      Bad: if there is no such task, or a field is missing or of the wrong type.
+    """
+    try:
+        task = table.find(row["task"])
+        values = {name: _part(row[name], read) for name in task.fields if name in row}
+        wording = zlib.crc32(key.encode(errors="replace")) % len(task.templates)
+        parts, answers = templates.make(task.name, values, wording)
+    except UserError as e:
+        raise Bad("bad task", str(e)) from None
+    return row | {"wording": wording, "truth": row.get("truth", {})}, parts, answers
 
 
 def captions_of(row: dict[str, Any], column: str) -> list[str]:

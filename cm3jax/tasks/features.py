@@ -32,16 +32,25 @@ def make(kind: str, picture: np.ndarray, maker: str = "") -> np.ndarray:
     Raises:
       UserError: if there is no such feature, or nothing that makes it.
     """
+    return checked(find(kind, maker)(picture), picture, maker or kind)
+
+
+def find(kind: str, maker: str = "") -> Maker:
+    """Return the function that makes a feature image; the arguments are those of `make`.
+
+    Raises:
+      UserError: if there is no such feature, or nothing that makes it.
+    """
     if kind not in table.FEATURES:
         raise UserError(f"feature {kind!r}: no such feature; features: {', '.join(table.FEATURES)}")
     if maker:
-        return checked(named(maker)(picture), picture, maker)
+        return named(maker)
     if kind not in MAKERS:
         raise UserError(
             f"feature {kind!r}: is not made here; give a file that shows it, or a function that makes it. What is made"
             f" here: {', '.join(MAKERS)}"
         )
-    return MAKERS[kind](picture)
+    return MAKERS[kind]
 
 
 def edges(picture: np.ndarray) -> np.ndarray:
