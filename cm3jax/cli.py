@@ -213,7 +213,8 @@ class Generate:
     max_text: int = 96
     """--interleaved: longest new text, in tokens."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
+    """How the devices share the model; as it stands here: the recipe's own if it names one, a copy
+    each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -284,7 +285,8 @@ class Caption:
     request: str = ""
     """What a model of Chameleon's form is asked of each picture; "": form.request of the run's recipe."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
+    """How the devices share the model; as it stands here: the recipe's own if it names one, a copy
+    each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -334,7 +336,8 @@ class Infill:
     max_text: int = 96
     """Longest answer for <mask>, in tokens."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
+    """How the devices share the model; as it stands here: the recipe's own if it names one, a copy
+    each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -393,7 +396,8 @@ class Edit:
     example: Examples = ()
     """PICTURE INSTRUCTION EDITED: an edit to go by, shown before this one; may be given several times."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
+    """How the devices share the model; as it stands here: the recipe's own if it names one, a copy
+    each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -434,7 +438,8 @@ class DrawFrom:
     example: Examples = ()
     """FEATURE_IMAGE CAPTION PICTURE: a drawing to go by, shown before this one; may be given several times."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
+    """How the devices share the model; as it stands here: the recipe's own if it names one, a copy
+    each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling()
 
     def __call__(self):
@@ -446,17 +451,10 @@ class DrawFrom:
             picture = features.make(self.kind, picture, self.maker)
         elif self.maker:
             raise UserError("--maker makes a feature image of a picture; add --of-picture")
+        how = {"of_picture": self.of_picture} | ({"maker": self.maker} if self.maker else {})
         values = {"caption": stated(self.caption), "feature_image": picture}
         examples = read_examples(self.example, ("feature_image", "caption", "image"))
-        draw_task(
-            self,
-            self.kind,
-            values,
-            examples,
-            self.caption,
-            "drawn",
-            {"of_picture": self.of_picture, "maker": self.maker},
-        )
+        draw_task(self, self.kind, values, examples, self.caption, "drawn", how)
 
 
 def read_examples(given: tuple[tuple[str, ...], ...], names: tuple[str, ...]) -> list[dict]:
@@ -546,7 +544,8 @@ class Ask:
     """PICTURE QUESTION ANSWER: one to go by, shown before this one; may be given several times. With --options it is
     PICTURE QUESTION OPTIONS ANSWER, with --reason PICTURE QUESTION OPTIONS EXPLANATION ANSWER."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
+    """How the devices share the model; as it stands here: the recipe's own if it names one, a copy
+    each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -580,7 +579,8 @@ class Describe:
     example: Examples = ()
     """PICTURE DESCRIPTION: one to go by, shown before this one; may be given several times."""
     mesh: Mesh = Mesh()
-    """How the devices share the model; as it stands here: a copy each if they hold it, else split over heads."""
+    """How the devices share the model; as it stands here: the recipe's own if it names one, a copy
+    each if they hold it, else split over heads."""
     sampling: Annotated[Sampling, flags.FLAT] = Sampling(temperature=0.0)
 
     def __call__(self):
@@ -957,14 +957,14 @@ class Plan:
     """Slice, as users name it (v5p-128), as the compiler does (v5p:4x4x4), or both (v5p-128=v5p:4x4x4)."""
     slices: int = 1
     """Number of such slices, joined by the data-center network."""
-    use: Annotated[Literal["train", "sample", "search"], arg(name="for")] = "train"
+    use: Annotated[Literal["train", "sample", "bank"], arg(name="for")] = "train"
     """What to compile: the train step, prefill and the decode loop, or the search of a memory bank on the mesh."""
     rows: int = 0
-    """--for sample: pictures drawn at one time; 0: one a chip."""
+    """--for sample: pictures drawn at one time; 0: one for each chip that rows are split over."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """--for sample: that the weights are kept in; imported ones keep their file's."""
     documents: int = 1_000_000
-    """--for search: of the bank, whose vectors are as long as retriever.model.size."""
+    """--for bank: of the bank, whose vectors are as long as retriever.model.size."""
     search: bool = False
     """If it does not fit, try changes, the cheapest first, until one does."""
     json: bool = False
@@ -981,8 +981,8 @@ class Plan:
             return show.published()
         if self.use == "sample":
             return show.sampling(self.recipe, self.topology, self.slices, self.rows, self.dtype, self.json)
-        if self.use == "search":
-            return show.searched(self.recipe, self.topology, self.slices, self.documents, self.json)
+        if self.use == "bank":
+            return show.searching(self.recipe, self.topology, self.slices, self.documents, self.json)
         return show.training(self.recipe, self.topology, self.slices, self.search, self.json)
 
 

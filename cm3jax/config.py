@@ -910,8 +910,17 @@ class Recipe:
                     f"form.{name} = {value}: must be an id of the vocabulary's text, {self.vocab.text_start} to"
                     f" {self.vocab.image_start - 1}"
                 )
-        if self.form.grid and not all(EOSS < i < self.vocab.size for i in (self.form.side, self.form.line)):
-            raise ValueError(f"form.side = {self.form.side}, form.line = {self.form.line}: form.grid needs both")
+        if "{}" not in self.form.drawing:
+            raise ValueError(f"form.drawing = {self.form.drawing!r}: must have {{}}, where the caption goes")
+        codes, form = (self.prepare.resolution // self.image.model.factor) ** 2, self.form
+        if form.grid and form.grid**2 != codes:
+            raise ValueError(f"form.grid = {form.grid}: a picture of {self.prepare.resolution} px has {codes} codes")
+        marks = [i for i in (form.side, form.line) if EOSS < i < self.vocab.size and not self.vocab.is_image(i)]
+        if form.grid and len(marks) < 2:
+            raise ValueError(
+                f"form.side = {form.side}, form.line = {form.line}: with form.grid, ids of {EOSS + 1} to"
+                f" {self.vocab.size - 1} that are no image codes"
+            )
         for name, found, wanted in (
             ("decoder.packing.opening", self.decoder.packing.opening, self.form.begin),
             ("decoder.packing.picture", self.decoder.packing.picture, 0),

@@ -213,12 +213,12 @@ def _chameleon(found: sources.Source, name: str, resolution: int) -> Plan:
         )
     sources.floating(found.language | _taken(found.image, pictures), found.path)
     params = {path: _streamed(found.language, leaf, order) for path, leaf in wanted.items()}
-    form = _form(found, order, pictures)
+    form = _form(found, order, pictures, resolution)
     talks = form.kind == "chameleon"
     recipe = config.Recipe(
         name=name,
         vocab=order.vocab,
-        form=form,
+        form=dataclasses.replace(form, grid=0),  # until the recipe has the pictures' size
         decoder=config.DecoderStage(
             model=network.model,
             packing=config.Packing("whole", network.length, most_spans=0, opening=form.begin)
@@ -231,10 +231,11 @@ def _chameleon(found: sources.Source, name: str, resolution: int) -> Plan:
         if talks
         else config.Evaluate(),
     )
-    return Plan(vqgan.with_settings(recipe, pictures), params, order, pictures)
+    recipe = dataclasses.replace(vqgan.with_settings(recipe, pictures), form=form)
+    return Plan(recipe, params, order, pictures)
 
 
-def _form(found: sources.Source, order: chameleon_vocab.Order, pictures: vqgan.Network) -> config.Form:
+def _form(found: sources.Source, order: chameleon_vocab.Order, pictures: vqgan.Network, resolution: int) -> config.Form:
     """Return the form of the model's documents: Chameleon's or Lumina's, unless it was trained here.
 
     A model that was trained here has no markers of turns in its vocabulary.
@@ -248,7 +249,14 @@ def _form(found: sources.Source, order: chameleon_vocab.Order, pictures: vqgan.N
         raise UserError(f"{found.tokenizer}: no entry {lost!r}; take the tokenizer that came with the model")
     begin, turn = (int(order.ours[names[name]]) for name in markers)
     form = config.Form("chameleon", begin, turn)
-    return _lumina(found, order, pictures, form) if chameleon.LUMINA in found.about else form
+    if chameleon.LUMINA not in found.about:
+        return form
+    if not resolution:
+        raise UserError(
+            f"{found.path}: Lumina-mGPT's files do not say how large its pictures are; set --resolution to the"
+            " checkpoint's, 512, 768 or 1024"
+        )
+    return _lumina(found, order, pictures, form)
 
 
 def _lumina(

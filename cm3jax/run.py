@@ -498,6 +498,7 @@ def refuse_misfits(recipe: Recipe, names: list[str]) -> None:
     if "decoder" in names and recipe.decoder.start:
         refuse_start(recipe)
     codes, packing = (side // factor) ** 2, recipe.decoder.packing
+    codes += recipe.form.grid and recipe.form.grid + 2  # ends of rows, and both sides
     if "decoder" in names and packing.kind == "whole" and packing.length < codes + LEAST_AROUND:
         raise UserError(
             f"decoder.packing.length = {packing.length}: no row holds a picture of {codes} codes and a caption; set it"

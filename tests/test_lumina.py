@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import chameleons
 import checkpoints
@@ -40,7 +41,9 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(published, tmp_path_factory):
-    return foreign.bring(str(published), str(tmp_path_factory.mktemp("runs") / "run"), say=lambda line: None)
+    return foreign.bring(
+        str(published), str(tmp_path_factory.mktemp("runs") / "run"), resolution=SIDE, say=lambda line: None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +144,7 @@ def test_pictures_captions_boxes_and_pages(generator):
 
 def test_exported_and_imported_it_is_the_same(run, tmp_path):
     foreign.send(run, str(tmp_path / "out"), "hf", say=lambda line: None)
-    again = foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), say=lambda line: None)
+    again = foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), resolution=SIDE, say=lambda line: None)
     assert configs.load(again / "recipe.json").form == configs.load(run / "recipe.json").form
 
 
@@ -149,4 +152,18 @@ def test_a_side_that_it_has_no_entry_for_is_refused(published, tmp_path):
     for pixels in (6, 12):
         with pytest.raises(UserError, match=f"no pictures of {pixels} px; set --resolution"):
             foreign.bring(str(published), str(tmp_path / "run"), resolution=pixels, say=lambda line: None)
+    with pytest.raises(UserError, match="do not say how large its pictures are; set --resolution"):
+        foreign.bring(str(published), str(tmp_path / "run"), say=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_form_that_contradicts_itself_is_refused(run):
+    recipe = configs.load(run / "recipe.json")
+    for change, message in (
+        ({"grid": 3}, "form.grid = 3: a picture of 8 px has 16 codes"),
+        ({"line": recipe.vocab.image_start}, "that are no image codes"),
+        ({"side": 0}, "form.side = 0"),
+        ({"drawing": "a cat"}, "form.drawing = 'a cat': must have {}"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dataclasses.replace(recipe, form=dataclasses.replace(recipe.form, **change))

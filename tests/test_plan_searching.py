@@ -29,7 +29,7 @@ def test_what_does_not_fit_is_refused_with_the_compilers_words(capsys):
 
 
 def test_the_command_prints_it_and_json(capsys):
-    words = ["plan", "configs/retrieval.py", "--for", "search", "--topology", "v5e-8", "--documents", "100000"]
+    words = ["plan", "configs/retrieval.py", "--for", "bank", "--topology", "v5e-8", "--documents", "100000"]
     assert cli.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["documents"] == 100_000 and found["queries_per_second"]["low"] > 0

@@ -15,6 +15,7 @@ from cm3jax import foreign, sharding, trees
 from cm3jax.nn import decoder
 from cm3jax.sample import decode, generate, grammar, layout
 from cm3jax.tokenizers import turns
+from cm3jax.train import lm
 from cm3jax.types import UserError
 
 MESHES = pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=str)
@@ -97,15 +98,18 @@ def test_small_weights_are_copied_and_large_ones_split_as_far_as_they_divide(run
         return configs.Recipe(vocab=vocab, decoder=stage)
 
     shape = lambda recipe, memory: dict(sharding.mesh(layout.mesh(recipe, 8, memory)).shape)  # noqa: E731
-    size = trees.size(layout.abstract(layout.model(of()), sharding.mesh(configs.Mesh())))
+    size = trees.size(layout.abstract(lm.model(of().decoder, of().vocab), sharding.mesh(configs.Mesh())))
     copies, halves = (dict(zip(sharding.AXES, each, strict=True)) for each in ((8, 1, 1), (1, 4, 2)))
-    assert shape(of(), None) == shape(of(), 8 * size) == copies
-    assert shape(of(), 8 * size - 1) == {"replica": 1, "fsdp": 2, "tensor": 4}
+    assert shape(of(), None) == shape(of(), 16 * size) == copies
+    assert shape(of(), 16 * size - 1) == {"replica": 1, "fsdp": 2, "tensor": 4}
     assert shape(of(kv_heads=2), 1) == halves
     assert shape(of(heads=8), 1) == {"replica": 1, "fsdp": 1, "tensor": 8}
     # A recipe's own mesh is kept where there are as many devices, and asked for it is never given up.
     assert shape(of(configs.Mesh(1, 4, 2)), None) == halves
     assert shape(of(configs.Mesh(2, 16, 2)), None) == copies
+    six = sharding.mesh(layout.mesh(of(), 6, 1), jax.devices()[:6])
+    assert dict(six.shape) == {"replica": 1, "fsdp": 1, "tensor": 2}  # 3 divide neither width nor heads
+    assert layout.mesh(of(configs.Mesh(0, -1, 2)), 3, None) == configs.Mesh(-1, 1)
     with pytest.raises(UserError, match="does not fit 8 devices"):
         generate.weights(run, configs.load(run / "recipe.json"), mesh=configs.Mesh(1, 16, 1))
     recipe = configs.load(run / "recipe.json")

@@ -47,26 +47,39 @@ def values(task, seed=0):
     return {name: picture() if table.is_picture(name) else "a b" for name in one.fields if name not in one.answer}
 
 
-def test_the_likelihood_of_a_text_is_that_of_its_tokens_without_a_cache(generator):
-    """Among the ids that a text can have: text, and from the second token on its end."""
-    texts = ["a b", "Question", ""]
+def test_the_likelihood_of_a_text_is_that_of_its_tokens_one_by_one_with_a_cache(generator):
+    """The greedy text is drawn through a cache, token by token, whose log-probabilities `decode` gives."""
+    texts, seen = [" a b", " Question", "", " a b c d e f"], []
     (row,) = tasks.encoded(generator, table.find("question"), [values("question")])
     prompt = templates.prompt("question", row, generator.text, VOCAB)
-    found = generator.likelihood([prompt] * 3, texts)
+    found = generator.likelihood([prompt] * 4, texts)
     assert found[2] == -np.inf and found.dtype == np.float32
-    for text, value in zip(texts[:2], found, strict=False):
-        ids = np.concatenate([prompt.ids, document.text_ids(text, generator.text, VOCAB), [EOSS]])
-        whole = decode.pad([[ids]], LENGTH, [[prompt.hidden]], VOCAB, LENGTH - CODES)
-        segments = jnp.asarray(np.arange(LENGTH) >= LENGTH - len(ids), jnp.int32)[None]
-        placed = (jnp.asarray(x[0]) for x in (whole.ids, whole.positions))
-        hidden, _ = generator.model.apply({"params": generator.params}, *placed, segments)
-        logits = np.array(decoder.logits(generator.params, MODEL, hidden))[0, -len(ids) + len(prompt.ids) - 1 : -1]
-        spoken = [i for i in range(VOCAB.text_start + generator.text.size) if i >= VOCAB.text_start + 1]
-        rows = np.full((len(logits), VOCAB.size), -np.inf)
-        rows[:, spoken] = logits[:, spoken]
-        rows[1:, EOSS] = logits[1:, EOSS]
-        logprobs = np.array(jax.nn.log_softmax(rows))[np.arange(len(rows)), ids[len(prompt.ids) :]]
-        assert float(value) == pytest.approx(float(logprobs.sum()), abs=1e-4)
+    for text, value in zip(texts, found, strict=True):
+        if not text:
+            continue
+        ids = [*document.text_ids(text, generator.text, VOCAB), EOSS]
+        logits = stepwise(generator, prompt, ids)
+        logprobs = np.array(jax.nn.log_softmax(logits))[np.arange(len(ids)), ids]
+        assert float(value) == pytest.approx(float(logprobs.sum()), abs=1e-3)
+        seen.append(float(value))
+    np.testing.assert_allclose(generator.likelihood([prompt], texts[:1]), found[:1], rtol=1e-5)
+    assert len(set(seen)) == 3
+
+
+def stepwise(generator, prompt, ids):
+    """Return logits [n, v] for each id, each from one more step with a cache."""
+    padded = decode.pad([[prompt.ids]], LENGTH, [[prompt.hidden]], VOCAB, LENGTH - CODES, [prompt.retrieved], CODES)
+    placed, lengths = padded.positions[0], padded.lengths[0]
+    segments = jnp.asarray(np.arange(LENGTH) >= LENGTH - lengths[:, None], jnp.int32)
+    cache = decoder.init_cache(MODEL, 1, LENGTH + len(ids))
+    apply = lambda *a, **k: generator.model.apply({"params": generator.params}, *a, **k)  # noqa: E731
+    hidden, cache = apply(*map(jnp.asarray, (padded.ids[0], placed)), segments, cache=cache, index=0)
+    rows, place = [hidden[0, -1]], int(padded.following[0, 0, 0])
+    for i, token in enumerate(ids[:-1]):
+        one = jnp.asarray([[token]], jnp.int32), jnp.asarray([[place + i]], jnp.int32), jnp.ones((1, 1), jnp.int32)
+        hidden, cache = apply(*one, cache=cache, index=LENGTH + i)
+        rows.append(hidden[0, -1])
+    return np.array(decoder.logits(generator.params, MODEL, jnp.stack(rows)[None])[0])
 
 
 @pytest.mark.parametrize("task", ["edit", "reasoning"])

@@ -155,15 +155,17 @@ def test_candidates_are_ranked_by_likelihood_behind_what_was_said_before(tmp_pat
     said = {"caption": "A dog.", "history": [["is it wet", "yes"]], "round": 2, "answer": 1}
     truth = {"candidates": ["a", "b", "c"], "relevance": relevance} | said
     row = document("question", {"question": "is it old", "answer": "b", "image": picture()}, 0, "42/2", truth)
+    row = dataclasses.replace(row, group="42")
     run = write(tmp_path / "run", [*records(), row])
     asked, likely = [], np.array([-3.0, -2.0, -2.0])
-    model.text, model.vocab, model.likelihood = None, None, lambda prompts, texts: likely
+    model.text, model.vocab = None, None
+    model.likelihood = lambda prompts, texts: asked.append(texts) or likely
     monkeypatch.setattr(suites.tasks, "encoded", lambda generator, task, rows: rows)
     monkeypatch.setattr(suites.templates, "prompt", lambda task, row, *how: asked.append(row["question"]))
     found = values(scored(run, "visdial")["visdial"])
-    assert asked == ["A dog. is it wet? yes. is it old"]
+    assert asked == ["A dog. is it wet? yes. is it old", [" a", " b", " c"]]  # as training has them behind a word
     (said,) = json.loads(next(run.glob("suites/visdial-*/said.json")).read_text())
-    assert said == {"image_id": "42", "round_id": "2", "ranks": [3, 1, 2]}
+    assert said == {"image_id": "42", "round_id": 2, "ranks": [3, 1, 2]}
     assert found == {"NDCG": pytest.approx(1.0)}
 
 
@@ -332,6 +334,7 @@ def test_a_real_model_is_scored_by_suites_from_the_command_line(tmp_path, capsys
     truth = {"candidates": ["yes", "no", "a dog"], "relevance": [0.0, 1.0, 0.5], "answer": 1}
     truth |= {"caption": "", "history": [], "round": 1}
     judged = document("question", {"question": "is it old", "answer": "no", "image": picture()}, 0, "42/1", truth)
+    judged = dataclasses.replace(judged, group="42")
     held = write(tmp_path / "held", [*records(), *problems(), judged])
     run = tmp_path / "run"
     run.mkdir()

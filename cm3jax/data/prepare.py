@@ -112,8 +112,9 @@ def _finished(out: pathlib.Path, name: str, identity: dict) -> dict | None:
         ) from None
     if summary["hash"] == name:
         return summary if _whole(out, summary) else None
-    changed = next((key for key in identity if old.get(key) != config.to_json(identity[key])), "version")
-    then, now = (str(values.get(changed))[:60] for values in (old, identity))
+    own = config.to_json(identity)
+    changed = next((key for key in old | own if old.get(key) != own.get(key)), "version")
+    then, now = (str(values.get(changed))[:60] for values in (old, own))
     raise UserError(
         f"{str(out)!r} was prepared with another {changed} ({then}, now {now}); choose another folder, or redo this one"
     )

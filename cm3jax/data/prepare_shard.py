@@ -172,16 +172,16 @@ def to_record(item: Example, decoded: list[str | np.ndarray], settings: config.P
     parts = tuple(part if isinstance(part, str) else pictures.crop(part, side) for part in decoded)
     values = {name: getattr(item, name) for name in ("key", "fields", "group", "license", "source")}
     values |= {"parts": parts, "regions": _regions(item, decoded)}
-    values |= featured(item, parts, settings.feature) if settings.feature else {}
+    values |= featured(item, settings.feature, **values) if settings.feature else {}
     return Record(split=split(item, decoded, settings), **values)
 
 
-def featured(item: Example, parts: tuple, feature: str) -> dict:
+def featured(item: Example, feature: str, parts: tuple, regions: tuple, **_) -> dict:
     """Return parts, regions and fields of the document that draws a captioned picture from what a function makes of it.
 
     Args:
-      parts: Of the example; its picture cropped.
       feature: As `Prepare.feature`.
+      parts, regions: Of the example, its picture cropped.
 
     Raises:
       Bad: if the example is no captioned picture, or the function fails on it.
@@ -197,9 +197,10 @@ def featured(item: Example, parts: tuple, feature: str) -> dict:
     except Exception as e:
         raise Bad("feature failed", f"{feature}: {type(e).__name__}: {e}") from None
     values = {"caption": told["caption"], "feature_image": made, "image": parts[1]}
-    made_parts, regions = templates.make(kind, values)
+    document, answers = templates.make(kind, values)
+    boxes = tuple(dataclasses.replace(r, part=len(document) - 1) for r in regions if r.kind != ANSWER)
     fields = item.fields | {"task": kind, "wording": 0, "truth": {}}
-    return {"parts": made_parts, "regions": regions, "fields": fields}
+    return {"parts": document, "regions": (*answers, *boxes), "fields": fields}
 
 
 def _regions(item: Example, decoded: list) -> tuple:

@@ -148,11 +148,12 @@ def to_example(row: dict[str, Any], key: str, where: str, text: str, split: str,
     Raises:
       Bad: with the reason for rejects.jsonl.
     """
-    row = {name: value for name, value in row.items() if value is not None and (value != "" or name == text)}
+    of_task = "task" in row and not {"file_name", "parts"} & set(row)  # whose texts may be empty
+    row = {name: value for name, value in row.items() if value is not None and (value != "" or of_task or name == text)}
     known, answers, captions = {"file_name", "parts", "regions", text, *STRINGS}, (), []
     if "parts" in row:
         parts = tuple(_part(part, read) for part in _list(row, "parts"))
-    elif "task" in row and "file_name" not in row:
+    elif of_task:
         row, parts, answers = _of_task(row, key, read)
         known = {*known, *table.find(row["task"]).fields}
     else:
@@ -173,7 +174,7 @@ def _of_task(row: dict[str, Any], key: str, read) -> tuple[dict, tuple, tuple]:
       Bad: if there is no such task, or a field is missing or of the wrong type.
     """
     try:
-        task = table.find(row["task"])
+        task = table.find(_string(row, "task"))
         values = {name: _part(row[name], read) for name in task.fields if name in row}
         wording = zlib.crc32(key.encode(errors="replace")) % len(task.templates)
         parts, answers = templates.make(task.name, values, wording)

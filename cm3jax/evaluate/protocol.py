@@ -477,18 +477,22 @@ def held_out(recipe: configs.Recipe, run: pathlib.Path) -> Callable[..., dict[st
     def measure(params, split: str, masked: bool):
         totals = None
         mesh = sharding.mesh_of(params)
+        ways = sharding.shares(mesh)
+        rows = -(-min(recipe.evaluate.batch, stage.training.batch) // ways) * ways  # a large model lies on all devices
         for batch in pipeline.eval_batches(run / "tokens", split, stage, recipe.vocab, masked, source=source):
-            with sharding.within(mesh):
-                metrics = step(params, jax.tree.map(lambda x: _filled(x, sharding.shares(mesh)), batch))
-            totals = metrics if totals is None else jax.tree.map(np.add, totals, metrics)
+            for first in range(0, stage.training.batch, rows):
+                piece = jax.tree.map(lambda x: _filled(x[first : first + rows], rows), batch)  # noqa: B023
+                with sharding.within(mesh):
+                    metrics = step(params, piece)
+                totals = metrics if totals is None else jax.tree.map(np.add, totals, metrics)
         return {name: (float(total), float(weight)) for name, (total, weight) in (totals or {}).items()}
 
     return measure
 
 
-def _filled(x: np.ndarray, shares: int) -> np.ndarray:
-    """Return an array of a batch with rows of zeros, which have no weight, up to a multiple of `shares`."""
-    return np.pad(x, [(0, -len(x) % shares)] + [(0, 0)] * (x.ndim - 1))
+def _filled(x: np.ndarray, rows: int) -> np.ndarray:
+    """Return an array of a batch with rows of zeros, which have no weight, up to `rows`."""
+    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
 def validation_losses(run: pathlib.Path, measure, load) -> dict[int, float]:

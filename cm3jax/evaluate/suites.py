@@ -181,7 +181,45 @@ def known(bench: Bench, out: pathlib.Path, folder: pathlib.Path, modules: tuple[
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- captions
+# ---------------------------------------------------------------------------------------------------- what is said
+
+
+def spoken(
+    bench: Bench,
+    name: str,
+    out: pathlib.Path,
+    fits: Callable[[Record], Any],
+    what: str,
+    how: Mapping[str, Any],
+    work: Work,
+    files: Callable[[Sequence[Record], list], tuple[Any, Any]],
+) -> dict:
+    """Score what the model says of the documents that fit, as a kind of `words`.
+
+    Args:
+      name: Of the suite, and of the kind.
+      what: What fits, for people.
+      how: A protocol's part that says how the model was asked.
+      files: (documents, what was said of each) -> what was said, and the truth, in the published formats.
+    """
+    rows = bench.rows(fits, f"{name}: {what}")
+    folder = bench.folder(name, rows, how)
+    if before := known(bench, out, folder, words.SCORED_BY):
+        return before
+    said = bench.answers(folder, rows, work)
+    paths = [folder / "said.json", folder / "truth.json"]
+    for path, value in zip(paths, files([bench.reader[i] for i in rows], said), strict=True):
+        write_text(path, json.dumps(value) + "\n")
+    return words.score(name, paths[0], paths[1:], out, say=saying(bench, name), made=how)
+
+
+def saying(bench: Bench, suite: str) -> Callable[[str], Any]:
+    return lambda line: bench.say(f"suite {suite}: {line}")
+
+
+def decoded(settings: configs.Evaluate, sampling: configs.Sampling, **more: Any) -> dict[str, Any]:
+    """Return a protocol's part that says how the model was asked."""
+    return {"decoding": {"sampling": configs.to_json(sampling), "seed": settings.seed, **more}}
 
 
 def told(record: Record) -> list[str]:
@@ -199,112 +237,26 @@ def told(record: Record) -> list[str]:
 def captions(bench: Bench, out: pathlib.Path) -> dict:
     """Score captions of pictures by CIDEr-D, BLEU and ROUGE-L."""
     settings, count = bench.recipe.evaluate, bench.decoding.written_with
-    rows = bench.rows(told, "captions: a picture with a caption")
-    how = decoded(settings, settings.write, documents=count, max_text=settings.max_text)
-    folder = bench.folder("captions", rows, how)
-    if before := known(bench, out, folder, words.SCORED_BY):
-        return before
 
     def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
         shown, memory = [protocol.first(record)[1] for record in records], bench.memory if count else None
         found, _ = recall.write(bench.generator, shown, seed, settings.write, settings.max_text, memory, count)
         return found
 
-    said = bench.answers(folder, rows, work)
-    keys, wrote = zip(*((record.key, told(record)) for record in (bench.reader[i] for i in rows)), strict=True)
-    found = [{"image_id": key, "caption": text.strip() or NOTHING} for key, text in zip(keys, said, strict=True)]
-    texts = [{"image_id": key, "caption": text} for key, all_ in zip(keys, wrote, strict=True) for text in all_]
-    truth = {"images": [{"id": key} for key in keys], "annotations": texts}
-    return worded(bench, "captions", folder, out, found, truth, how)
+    def files(records, said):
+        keys = [record.key for record in records]
+        found = [{"image_id": key, "caption": text.strip() or NOTHING} for key, text in zip(keys, said, strict=True)]
+        texts = [{"image_id": record.key, "caption": text} for record in records for text in told(record)]
+        return found, {"images": [{"id": key} for key in keys], "annotations": texts}
+
+    how = decoded(settings, settings.write, documents=count, max_text=settings.max_text)
+    return spoken(bench, "captions", out, told, "a picture with a caption", how, work, files)
 
 
-def decoded(settings: configs.Evaluate, sampling: configs.Sampling, **more: Any) -> dict[str, Any]:
-    """Return a protocol's part that says how the model was asked."""
-    return {"decoding": {"sampling": configs.to_json(sampling), "seed": settings.seed, **more}}
-
-
-def worded(bench: Bench, kind: str, folder: pathlib.Path, out: pathlib.Path, found, truth, how) -> dict:
-    """Write what was said and the truth in the published formats, and score the files."""
-    paths = [folder / "said.json", folder / "truth.json"]
-    for path, value in zip(paths, (found, truth), strict=True):
-        write_text(path, json.dumps(value) + "\n")
-    return words.score(kind, paths[0], paths[1:], out, say=saying(bench, kind), made=how)
-
-
-def saying(bench: Bench, suite: str) -> Callable[[str], Any]:
-    return lambda line: bench.say(f"suite {suite}: {line}")
-
-
-# ------------------------------------------------------------------------------------------------------------ questions
-
-
-def asked(record: Record) -> list[str]:
-    """Return the answers that people gave to a document's question; [] for other documents."""
+def truth_of(record: Record, name: str, *asks: str) -> Any:
+    """Return a field of the truth of a document of one of these tasks; () where it has none."""
     truth = record.fields.get("truth")
-    return truth.get("answers", []) if record.fields.get("task") == "question" and isinstance(truth, dict) else []
-
-
-def vqa(bench: Bench, out: pathlib.Path) -> dict:
-    """Score answers to questions by VQA's accuracy."""
-    settings, rows = bench.recipe.evaluate, bench.rows(asked, "vqa: a question that people answered")
-    how = decoded(settings, settings.write, max_text=settings.max_text)
-    folder = bench.folder("vqa", rows, how)
-    if before := known(bench, out, folder, words.SCORED_BY):
-        return before
-
-    def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
-        given = [unanswered("question", record) for record in records]
-        found = tasks.answer(bench.generator, "question", given, seed, settings.write, settings.max_text)
-        return [row["answer"] for row in found]
-
-    said = bench.answers(folder, rows, work)
-    records = [(record.key, record.fields["truth"]) for record in (bench.reader[i] for i in rows)]
-    found = [{"question_id": key, "answer": text or NOTHING} for (key, _), text in zip(records, said, strict=True)]
-    truth = [
-        {"question_id": key, "answers": [{"answer": text} for text in known["answers"]]}
-        | {name: known[name] for name in ("answer_type",) if name in known}
-        for key, known in records
-    ]
-    return worded(bench, "vqa", folder, out, found, {"annotations": truth}, how)
-
-
-def told_choices(record: Record) -> list[str]:
-    """Return the answers to choose from; [] for other documents."""
-    truth = record.fields.get("truth")
-    asks = record.fields.get("task") in ("choice", "reasoning") and isinstance(truth, dict)
-    return truth.get("choices", []) if asks else []
-
-
-def science_qa(bench: Bench, out: pathlib.Path) -> dict:
-    """Score choices among given answers by ScienceQA's accuracy."""
-    settings, rows = bench.recipe.evaluate, bench.rows(told_choices, "science-qa: a question with choices")
-    how = decoded(settings, settings.write, max_text=settings.max_text)
-    folder = bench.folder("science-qa", rows, how)
-    if before := known(bench, out, folder, words.SCORED_BY):
-        return before
-
-    def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
-        found = [""] * len(records)
-        for task in ("choice", "reasoning"):
-            here = [i for i, record in enumerate(records) if record.fields["task"] == task]
-            given = [unanswered(task, records[i]) for i in here]
-            for i, row in zip(
-                here, tasks.answer(bench.generator, task, given, seed, settings.write, settings.max_text), strict=True
-            ):
-                found[i] = row["answer"]
-        return found
-
-    said = bench.answers(folder, rows, work)
-    results_, problems = {}, {}
-    for text, record in zip(said, (bench.reader[i] for i in rows), strict=True):
-        truth, hint = record.fields["truth"], unanswered(record.fields["task"], record)["context"]
-        results_[record.key] = answers.chosen(text, truth["choices"])
-        problems[record.key] = truth | {"hint": hint, "image": "image.png", "split": SPLIT}
-    return worded(bench, "science-qa", folder, out, {"results": results_}, problems, how)
-
-
-SPLIT = "test"
-"""What `words` calls the documents of a suite, whichever split they are."""
+    return truth.get(name, ()) if record.fields.get("task") in asks and isinstance(truth, dict) else ()
 
 
 def unanswered(task: str, record: Record) -> dict[str, Any]:
@@ -313,10 +265,59 @@ def unanswered(task: str, record: Record) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in table.find(task).answer}
 
 
-def judged(record: Record) -> list[float]:
-    """Return how fitting people found each candidate for an answer; [] for other documents."""
-    truth = record.fields.get("truth")
-    return truth.get("relevance", []) if record.fields.get("task") == "question" and isinstance(truth, dict) else []
+def vqa(bench: Bench, out: pathlib.Path) -> dict:
+    """Score answers to questions by VQA's accuracy."""
+    settings = bench.recipe.evaluate
+
+    def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
+        given = [unanswered("question", record) for record in records]
+        found = tasks.answer(bench.generator, "question", given, seed, settings.write, settings.max_text)
+        return [row["answer"] for row in found]
+
+    def files(records, said):
+        keys, truths = [record.key for record in records], [record.fields["truth"] for record in records]
+        found = [{"question_id": key, "answer": text or NOTHING} for key, text in zip(keys, said, strict=True)]
+        truth = [
+            {"question_id": key, "answers": [{"answer": text} for text in row["answers"]]}
+            | {name: row[name] for name in ("answer_type",) if name in row}
+            for key, row in zip(keys, truths, strict=True)
+        ]
+        return found, {"annotations": truth}
+
+    fits = lambda record: truth_of(record, "answers", "question")  # noqa: E731
+    how = decoded(settings, settings.write, max_text=settings.max_text)
+    return spoken(bench, "vqa", out, fits, "a question that people answered", how, work, files)
+
+
+CHOICES = ("choice", "reasoning")
+"""Tasks with answers to choose from."""
+
+
+def science_qa(bench: Bench, out: pathlib.Path) -> dict:
+    """Score choices among given answers by ScienceQA's accuracy."""
+    settings = bench.recipe.evaluate
+
+    def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
+        found = [""] * len(records)
+        for task in CHOICES:
+            here = [i for i, record in enumerate(records) if record.fields["task"] == task]
+            given = [unanswered(task, records[i]) for i in here]
+            rows = tasks.answer(bench.generator, task, given, seed, settings.write, settings.max_text)
+            for i, row in zip(here, rows, strict=True):
+                found[i] = row["answer"]
+        return found
+
+    def files(records, said):
+        picked, problems = {}, {}
+        for record, text in zip(records, said, strict=True):
+            truth, hint = record.fields["truth"], unanswered(record.fields["task"], record)["context"]
+            picked[record.key] = answers.chosen(text, truth["choices"])
+            problems[record.key] = truth | {"hint": hint, "image": "image.png", "split": "test"}  # as `words` has it
+        return {"results": picked}, problems
+
+    fits = lambda record: truth_of(record, "choices", *CHOICES)  # noqa: E731
+    how = decoded(settings, settings.write, max_text=settings.max_text)
+    return spoken(bench, "science-qa", out, fits, "a question with choices", how, work, files)
 
 
 def visdial(bench: Bench, out: pathlib.Path) -> dict:
@@ -324,20 +325,21 @@ def visdial(bench: Bench, out: pathlib.Path) -> dict:
 
     The question is asked behind the caption and all that was said before, as text; published protocols differ in that.
     """
-    rows = bench.rows(judged, "visdial: a question with judged candidates")
-    how = {"decoding": {"ranked by": "likelihood", "asked": "caption, history, question"}}
-    folder = bench.folder("visdial", rows, how)
-    if before := known(bench, out, folder, words.SCORED_BY):
-        return before
 
     def work(records: list[Record], numbers: list[int], seed: int) -> list[list[int]]:
         return [ranks(bench.generator, record) for record in records]
 
-    said = bench.answers(folder, rows, work)
-    keys = [dict(zip(("image_id", "round_id"), bench.reader[i].key.rsplit("/", 1), strict=True)) for i in rows]
-    found = [key | {"ranks": row} for key, row in zip(keys, said, strict=True)]
-    truth = [key | {"gt_relevance": judged(bench.reader[i])} for key, i in zip(keys, rows, strict=True)]
-    return worded(bench, "visdial", folder, out, found, truth, how)
+    def files(records, said):
+        keys = [{"image_id": r.group, "round_id": r.fields["truth"]["round"]} for r in records]
+        truth = [
+            key | {"gt_relevance": truth_of(r, "relevance", "question")} for key, r in zip(keys, records, strict=True)
+        ]
+        return [key | {"ranks": row} for key, row in zip(keys, said, strict=True)], truth
+
+    needed = ("relevance", "candidates", "caption", "history", "round")
+    fits = lambda record: all(truth_of(record, name, "question") != () for name in needed)  # noqa: E731
+    how = {"decoding": {"ranked by": "likelihood", "asked": "caption, history, question"}}
+    return spoken(bench, "visdial", out, fits, "a question with judged candidates", how, work, files)
 
 
 def ranks(generator: Any, record: Record) -> list[int]:
@@ -347,7 +349,8 @@ def ranks(generator: Any, record: Record) -> list[int]:
     values["question"] = " ".join([*(text for text in before if text), values["question"]])
     (row,) = tasks.encoded(generator, table.find("question"), [values])
     prompt = templates.prompt("question", row, generator.text, generator.vocab)
-    likely = generator.likelihood([prompt] * len(truth["candidates"]), truth["candidates"])
+    texts = [text and f" {text}" for text in truth["candidates"]]  # a blank belongs to the word behind it
+    likely = generator.likelihood([prompt] * len(texts), texts)
     return (np.argsort(np.argsort(-likely, kind="stable"), kind="stable") + 1).tolist()
 
 

@@ -1,4 +1,4 @@
-"""The programs that a plan compiles: the real train step, the real decode loop; only their arrays are abstract."""
+"""The train step that a plan compiles: the real one; only its arrays are abstract."""
 
 import dataclasses
 from typing import Any
@@ -33,10 +33,6 @@ class Step:
     stage: configs.DecoderStage
     mesh: jax.sharding.Mesh
     compiled: loop.Compiled
-
-    def model(self, vocab: Vocab):
-        """Return the network."""
-        return lm.model(self.stage, vocab)
 
     def lower(self) -> jax.stages.Lowered:
         with jax.set_mesh(self.mesh):

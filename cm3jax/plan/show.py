@@ -6,7 +6,8 @@ import sys
 from cm3jax.config import Recipe
 from cm3jax.plan import published as runs
 from cm3jax.plan import sampling as drawing
-from cm3jax.plan import searching, slices, table
+from cm3jax.plan import searching as searches
+from cm3jax.plan import slices, table
 from cm3jax.plan import training as trainings
 
 
@@ -31,10 +32,10 @@ def sampling(recipe: Recipe, topology: str, count: int, rows: int, dtype: str, a
     return 0 if plan.fits else 1
 
 
-def searched(recipe: Recipe, topology: str, count: int, documents: int, as_json: bool) -> int:
+def searching(recipe: Recipe, topology: str, count: int, documents: int, as_json: bool) -> int:
     """Plan the search of a memory bank and print it; return 0 if it fits, 1 if not."""
     target = slices.parse(topology, count)
-    plan = searching.plan(target, documents, recipe.retriever.model.size, recipe.neighbours.candidates)
+    plan = searches.plan(target, documents, recipe.retriever.model.size, recipe.neighbours.candidates)
     print(json.dumps(plan.to_json()) if as_json else plan.text())
     return 0 if plan.fits else 1
 

@@ -33,7 +33,7 @@ def text(plan: Plan, training: configs.Training | None = None, change: Change | 
     if plan.refusal:
         rows.append(("compiler", plan.refusal))
     if not plan.fits:
-        smaller = "a larger slice, fewer --rows, or --decoder.tensor" if not training else "a larger slice"
+        smaller = "a larger slice, or fewer --rows" if not training else "a larger slice"
         hint = f"{change.flags}, by estimate; --search compiles such changes" if change else smaller
         rows.append(("to try", hint))
     width = max(len(name) for name, _ in rows)

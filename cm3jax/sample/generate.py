@@ -11,6 +11,7 @@ of documents' ids, such as `retrieval.memory` gives. They stand before the promp
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from cm3jax.sample import decode, grammar, layout
 from cm3jax.tokenizers import document
 from cm3jax.tokenizers import image as images
 from cm3jax.tokenizers import text as texts
+from cm3jax.train import lm
 from cm3jax.types import Part, UserError
 from cm3jax.vocab import EOSS, Vocab
 
@@ -56,7 +58,7 @@ def load(run, batch: int = 16, step: int | None = None, mesh: configs.Mesh | Non
         raise UserError(f"run {str(run)!r}: no recipe.json there; give the folder that `cm3jax run` wrote")
     recipe = configs.load(run / "recipe.json")
     text, image = texts.load(run / "text"), images.load(run / "image")
-    return of(recipe, layout.model(recipe), weights(run, recipe, step, mesh), text, image, batch)
+    return of(recipe, lm.model(recipe.decoder, recipe.vocab), weights(run, recipe, step, mesh), text, image, batch)
 
 
 def weights(run, recipe: configs.Recipe, step: int | None = None, mesh: configs.Mesh | None = None):
@@ -73,7 +75,7 @@ def weights(run, recipe: configs.Recipe, step: int | None = None, mesh: configs.
     if mesh is None:
         memory = (devices[0].memory_stats() or {}).get("bytes_limit")
         mesh = layout.mesh(recipe, len(devices), memory)
-    target = layout.abstract(layout.model(recipe), sharding.mesh(mesh, devices))
+    target = layout.abstract(lm.model(recipe.decoder, recipe.vocab), sharding.mesh(mesh, devices))
     return checkpoint.load_params(pathlib.Path(run) / "decoder", step=step, target=target, stored=True)
 
 
@@ -125,6 +127,11 @@ class Generator:
         """Codes of one picture."""
         h, w = self.image.grid
         return h * w
+
+    @property
+    def written(self) -> int:
+        """Ids of one picture's codes and of what ends their rows."""
+        return self.codes + self.form.grid
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -349,7 +356,7 @@ class Generator:
           numbers, name: As for `_draw`.
         """
         self._room(prompts, "the text", max(counts, default=0))
-        quarter = -(-self.codes // 4)
+        quarter = -(-self.written // 4)
         steps = -(-max(counts, default=1) // quarter) * quarter  # at most four programs, whatever the regions
         state = grammar.start([grammar.CODES] * len(prompts), left=np.array(counts))
         rules = grammar.pictures(self.vocab, self.text.size, self.codes)
@@ -360,23 +367,28 @@ class Generator:
     def likelihood(self, prompts: Sequence[document.Prompt], texts: Sequence[str]) -> np.ndarray:
         """Return the log-probability of each text as what a prompt for a masked span asks for, in nats, float32 [n].
 
-        It is that of all its tokens and of its end, among the ids that text can have; -inf for an empty one.
+        It is that of all its tokens and of its end, without guidance; -inf for an empty one. The blank before a word
+        belongs to the text: in a document's middle it is " red", not "red".
 
         Raises:
           UserError: if a prompt and its text do not fit the model's row.
         """
         _same_length(prompts=prompts, texts=texts)
         spoken = [document.join(document.text_ids(text, self.text, self.vocab), EOSS) for text in texts]
-        held = [dataclasses.replace(p, known=ids.astype(np.int64)) for p, ids in zip(prompts, spoken, strict=True)]
         sizes = np.array([len(ids) for ids in spoken], int)
-        self._room(held, "the text", int(sizes.max(initial=1)))
-        state = grammar.start([grammar.SPAN_START] * len(held), left=sizes)
-        rules, steps = (
-            grammar.captions(self.vocab, self.text.size, self.codes),
-            decode.bucket(int(sizes.max(initial=1))),
-        )
-        found = self._drawn(rules, held, state, steps, 0, GREEDY)
-        sums = [logprobs[:size].sum() for (_, logprobs), size in zip(found, sizes, strict=True)]
+        self._room(prompts, "the text", count := int(sizes.max(initial=1)))
+        rows = [document.join(prompt.ids, ids) for prompt, ids in zip(prompts, spoken, strict=True)]
+        length, found = decode.bucket(max(map(len, rows), default=1)), []
+        size = -(-self.batch // sharding.shares(self.mesh)) * sharding.shares(self.mesh)
+        first = self.model.length - self.picture if self.picture else None
+        for at in range(0, len(rows), size):
+            here = np.minimum(np.arange(at, at + size), len(rows) - 1)  # one size, so one program
+            hidden, before = ([getattr(prompts[i], name) for i in here] for name in ("hidden", "retrieved"))
+            padded = decode.pad([[rows[i] for i in here]], length, [hidden], self.vocab, first, before, self.picture)
+            with sharding.within(self.mesh):
+                logprobs = _logprobs(self.model, decode.bucket(count), self.params, padded)
+            found += list(np.asarray(logprobs)[: len(rows) - at])
+        sums = [row[len(row) - n :].sum() for row, n in zip(found, sizes, strict=True)]
         return np.where(sizes > 1, sums, -np.inf).astype(np.float32)
 
     def _spans(self, prompts, seed: int, sampling, max_text: int) -> list[str]:
@@ -412,15 +424,7 @@ class Generator:
     def _draw(
         self, rules, prompts, state: grammar.State, steps: int, seed: int, sampling, numbers=None, name: str = "sample"
     ) -> list[np.ndarray]:
-        """Return the drawn ids of each prompt; the arguments are those of `_drawn`."""
-        return [ids for ids, _ in self._drawn(rules, prompts, state, steps, seed, sampling, numbers, name)]
-
-    def _drawn(
-        self, rules, prompts, state: grammar.State, steps: int, seed: int, sampling, numbers=None, name: str = "sample"
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the drawn ids of each prompt, and the log-probability of each among those that the grammar allows.
-
-        Batches are of one fixed size; the last is filled with rows long done.
+        """Return the drawn ids of each prompt, in batches of one fixed size; the last is filled with rows long done.
 
         Args:
           numbers: int [n], whose streams of random numbers the rows draw from; None: 0, 1, ...
@@ -439,7 +443,7 @@ class Generator:
         return drawn
 
     def _batch(self, rules, prompts, state, rows, length: int, steps: int, seed: int, sampling, numbers, name: str):
-        """Return what is drawn of these rows; those beyond the last prompt are done before they begin."""
+        """Return the drawn ids of these rows; those beyond the last prompt are done before they begin."""
         here = np.minimum(rows, len(prompts) - 1)
         numbers = numbers[here]
         state = jax.tree.map(lambda x: x[here], state)
@@ -464,8 +468,18 @@ class Generator:
                 _forced(chosen, steps),
                 rng.rows(rng.key(seed, name), jnp.asarray(numbers)),
             )
-        ids, lengths, logprobs = (np.asarray(x) for x in out)
-        return [(ids[i, : lengths[i]], logprobs[i, : lengths[i]]) for i in np.flatnonzero(rows < len(prompts))]
+        ids, lengths = np.asarray(out.ids), np.asarray(out.lengths)
+        return [ids[i, : lengths[i]] for i in np.flatnonzero(rows < len(prompts))]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "count"))
+def _logprobs(model: decoder.Decoder, count: int, params, prompts: decode.Prompts):
+    """Return the log-probability of each of the last `count` ids of rows, [b, count]."""
+    ids, t = prompts.ids[0], prompts.ids.shape[-1]
+    segments = (jnp.arange(t) >= t - prompts.lengths[0][:, None]).astype(jnp.int32)
+    hidden, _ = model.apply({"params": params}, ids, prompts.positions[0], segments)
+    logits = decoder.logits(params, model.config, hidden[:, t - count - 1 : t - 1])
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, t - count :, None], axis=-1)[..., 0]
 
 
 def _forced(prompts, steps: int) -> np.ndarray:

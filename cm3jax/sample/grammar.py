@@ -131,7 +131,7 @@ def allowed(grammar: Grammar, state: State) -> Bool[Array, "b v"]:
 
 
 def step(grammar: Grammar, state: State, ids: Int[Array, " b"]) -> State:
-    """Return the state after one more token a row, each allowed by the state before."""
+    """Return the state after one more token a row, allowed by the state before or held."""
     kind = jnp.asarray(classes(grammar))[ids]
     begins, ends = state.mode == PART_START, kind == BREAK
     left = jnp.where(begins, jnp.where(kind == IMAGE, grammar.image, grammar.longest), state.left) - 1

@@ -8,34 +8,32 @@ import jax
 from cm3jax import config as configs
 from cm3jax import sharding, trees
 from cm3jax.nn import decoder
-
-
-def model(recipe: configs.Recipe) -> decoder.Decoder:
-    """Return the network of a recipe's decoder."""
-    return decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
+from cm3jax.train import lm
 
 
 def mesh(recipe: configs.Recipe, count: int, memory: int | None) -> configs.Mesh:
     """Return the sizes of the mesh that a recipe's decoder draws on.
 
-    Weights that take at most half of a device, as float32, are copied to each, and the rows of a batch split: what is
-    drawn is then the same on any number of devices, and they exchange nothing. Larger ones are split along tensor as
-    far as heads, feed-forward and vocabulary divide, and only over what is left along fsdp, which gathers them for
-    every token. A recipe that names a mesh of its own keeps it where there are as many devices.
+    Weights that take at most a quarter of a device, as float32, are copied to each, and the rows of a batch split:
+    what is drawn is then the same on any number of devices, and they exchange nothing. Larger ones are split along
+    tensor as far as heads, feed-forward and vocabulary divide, and only over what is left along fsdp, which gathers
+    them for every token; devices that fit neither are left out. A recipe that names a mesh of its own keeps it where it
+    fits.
 
     Args:
       count: Devices, of one slice.
       memory: Bytes of one; None: not known, as on a CPU, whose devices share the host's: copies.
     """
     trained, network = recipe.decoder.training.mesh, recipe.decoder.model
-    needed = math.prod(max(1, size) for size in (trained.replica, trained.fsdp, trained.tensor))
-    if trained != configs.Mesh() and needed <= count:
+    sizes = (trained.replica, trained.fsdp, trained.tensor)
+    needed = math.prod(max(1, size) for size in sizes)
+    if trained != configs.Mesh() and (count % needed == 0 if -1 in sizes else needed <= count):
         return trained
-    if memory is None or 8 * trees.size(_boxed(model(recipe))) <= memory:
+    if memory is None or 16 * trees.size(_boxed(lm.model(recipe.decoder, recipe.vocab))) <= memory:
         return configs.Mesh(replica=-1, fsdp=1)
     sides = (network.heads, network.kv_heads or network.heads, network.mlp_width or 4 * network.width)
     tensor = math.gcd(count, *sides, recipe.vocab.size)
-    return configs.Mesh(fsdp=count // tensor, tensor=tensor)
+    return configs.Mesh(fsdp=math.gcd(count // tensor, network.width, recipe.vocab.size // tensor), tensor=tensor)
 
 
 def abstract(network: decoder.Decoder, mesh: jax.sharding.Mesh):

@@ -16,18 +16,10 @@ from cm3jax.tokenizers import document, turns
 from cm3jax.types import Part, UserError
 from cm3jax.vocab import BREAK
 
-AROUND = 2
-"""Tokens behind a picture's codes: <eoss>, and what ends the document."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Generator(generate.Generator):
     """A decoder of Chameleon's form and its two tokenizers."""
-
-    @property
-    def written(self) -> int:
-        """Ids of one picture's codes and of what ends their rows."""
-        return self.codes + self.form.grid
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
@@ -69,6 +61,14 @@ class Generator(generate.Generator):
             "infill: a model of form chameleon was trained without masks and fills no gap in a text; draw a region of a"
             " picture with --box, or ask with: cm3jax generate RUN ... --interleaved"
         )
+
+    def likelihood(self, prompts, texts):
+        """Raise a UserError.
+
+        Raises:
+          UserError: always: there are no masked spans.
+        """
+        raise UserError("likelihood: a model of form chameleon was trained without masks, so no span has one")
 
     # ------------------------------------------------------------------------------------------------------ documents
 

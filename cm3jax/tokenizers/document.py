@@ -146,7 +146,8 @@ class Prompt:
       unconditional: uint16 [m], the stream of guidance: the same task without what the user asked for.
       produces: "image": codes; "text": text up to `stop`; "document": parts, breaks and at last [eod].
       stop: The id that ends the answer.
-      known: int64 [k], infill_image only: the id of each of the k codes to come that is held, -1 where it is drawn.
+      known: int64 [k]: of each of the first k ids to come the one that is held, -1 where it is drawn: codes outside a
+        region, and what ends rows of codes.
       hidden: The codes behind each sentinel that stands in its place in `ids`; 0 for text.
       unconditional_hidden: The same of `unconditional`.
       pictured: uint16 [k], the stream between these two: the pictures of `ids` without the text; None: `ids` has no
