@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1, help="retrieved for each prompt")
     parser.add_argument("--json", type=pathlib.Path, default=None)
     parser.add_argument("--plot", type=pathlib.Path, default=None)
+    parser.add_argument("--frechet-plot", type=pathlib.Path, default=None)
     parser.add_argument("--guidance-plot", type=pathlib.Path, default=None)
     parser.add_argument("--phase", nargs="+", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -164,6 +165,9 @@ def main() -> None:
         arguments.json.write_text(json.dumps(facts | found, indent=1) + "\n")
     if arguments.plot:
         arguments.plot.write_text(plot("Candidates", "candidates for each prompt", found["candidates"]))
+    if arguments.frechet_plot:
+        across = "candidates for each prompt"
+        arguments.frechet_plot.write_text(plot("Candidates", across, found["candidates"], "frechet"))
     if arguments.guidance_plot:
         arguments.guidance_plot.write_text(plot("Guidance", "guidance weight", found["guidance"]))
 

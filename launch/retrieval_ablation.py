@@ -267,6 +267,7 @@ def plot(found: dict) -> str:
     """Return the picture of the share drawn right over the number of documents; without retrieval at 0 alone."""
     lines = []
     for split, kind, name in (
+        ("test", "object_accuracy", "all objects of test"),
         ("test", "new", "new names"),
         ("test", "met", "names of the tail"),
         ("composition", "held_out", "held-out pairs"),
@@ -278,6 +279,17 @@ def plot(found: dict) -> str:
         alone = ways["without 0"].get(kind)
         lines += [curves.Spread(f"{name}, trained without retrieval", [(0, *alone)], hollow=True)] if alone else []
     return curves.figure("What retrieval brings", "documents retrieved", "drawn right", lines)
+
+
+def plot_frechet(found: dict) -> str:
+    """Return the picture of the Frechet distance over the number of documents; without retrieval at 0 alone."""
+    lines = []
+    for split in SPLITS:
+        ways = found[split]
+        lines.append(curves.Spread(split, [(int(d), *ways[f"with {d}"]["frechet"]) for d in ("0", "1", "2")]))
+        alone = [(0, *ways["without 0"]["frechet"])]
+        lines.append(curves.Spread(f"{split}, trained without retrieval", alone, hollow=True))
+    return curves.figure("What retrieval brings", "documents retrieved", "Frechet distance", lines)
 
 
 def table(found: dict, retriever: dict) -> str:
@@ -332,6 +344,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512, help="of each split")
     parser.add_argument("--json", type=pathlib.Path, default=None)
     parser.add_argument("--plot", type=pathlib.Path, default=None)
+    parser.add_argument("--frechet-plot", type=pathlib.Path, default=None)
     parser.add_argument("--phase", nargs="+", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work, recipe = arguments.work, configs.load(arguments.config)
@@ -364,6 +377,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps(facts | {"each": each}, indent=1) + "\n")
     if arguments.plot:
         arguments.plot.write_text(plot(found))
+    if arguments.frechet_plot:
+        arguments.frechet_plot.write_text(plot_frechet(found))
 
 
 def one(work: pathlib.Path, recipe: configs.Recipe, count: int, what: str, *words: str) -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import xml.etree.ElementTree as xml
 
@@ -79,13 +81,13 @@ def test_the_plot_is_a_file_of_its_own_with_a_whisker_for_each_point():
     results = {row: figures(0.1 * (i % 7)) for i, row in enumerate(ablation.rows([0, 1, 2]))}
     root = xml.fromstring(ablation.plot(ablation.spread(results)))
     marks = [e for e in root.iter() if e.tag.endswith("circle")]
-    assert root.tag.endswith("svg") and len(marks) == 4 * (3 + 1)
+    assert root.tag.endswith("svg") and len(marks) == 5 * (3 + 1)
 
 
 def test_models_of_three_sizes_keep_the_width_of_a_head():
     models = [candidates.sized(RECIPE, size).decoder.model for size in candidates.SIZES]
     assert len({m.width // m.heads for m in models}) == 1
-    assert [m.width for m in models] == [64, 128, 256]
+    assert [m.width for m in models] == [64, 128, 192]
     assert candidates.sized(RECIPE, "whole").decoder == RECIPE.decoder
 
 
@@ -106,24 +108,47 @@ def test_both_experiments_run_at_toy_size_and_continue(tmp_path, monkeypatch, ca
 
     def call(experiment, *words):
         monkeypatch.setattr(experiment, "phase", phase)
+        monkeypatch.setattr(ablation, "together", lambda arguments, *all_: [phase(arguments, *each) for each in all_])
         given = [experiment.__file__, str(tmp_path), "--config", str(recipe), "--prompts", "13", *words]
         monkeypatch.setattr(sys, "argv", given)
         experiment.main()
 
     words = ["--seeds", "0", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
+    words += ["--frechet-plot", str(tmp_path / "af.svg")]
     call(ablation, *words)
     found = json.loads((tmp_path / "a.json").read_text())
     assert len(found["each"]) == 10 and {row["split"] for row in found["each"]} == set(ablation.SPLITS)
     told = [row for row in found["each"] if row["documents"] == "told" and row["split"] == "composition"]
     assert all(row["found"] > 0 for row in told)
-    xml.fromstring((tmp_path / "a.svg").read_text())
+    assert 0 <= found["pool"]["each"] <= found["pool"]["any"] <= 1
+    for name in ("a", "af"):
+        xml.fromstring((tmp_path / f"{name}.svg").read_text())
     monkeypatch.setattr(ablation, "measure", lambda *_: pytest.fail("what is there is not measured again"))
     call(ablation, *words)
 
-    call(candidates, "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.svg"))
+    call(
+        candidates,
+        "--json",
+        str(tmp_path / "b.json"),
+        "--plot",
+        str(tmp_path / "b.svg"),
+        "--frechet-plot",
+        str(tmp_path / "bf.svg"),
+    )
     found = json.loads((tmp_path / "b.json").read_text())
     assert set(found["candidates"]) == set(candidates.SAMPLING) and set(found["guidance"]) == set(candidates.SIZES)
-    xml.fromstring((tmp_path / "b.svg").read_text())
+    for name in ("b", "bf"):
+        xml.fromstring((tmp_path / f"{name}.svg").read_text())
+
+
+def test_phases_run_together_on_cores_of_their_own_and_one_that_fails_is_told(tmp_path, monkeypatch):
+    say = "import os, sys; open(sys.argv[1], 'w').write(repr([*os.sched_getaffinity(0)])); sys.exit(int(sys.argv[2]))"
+    monkeypatch.setattr(ablation, "command", lambda arguments, *words: [sys.executable, "-c", say, *words])
+    ablation.together(None, (str(tmp_path / "a"), "0"), (str(tmp_path / "b"), "0"))
+    one, two = (set(json.loads((tmp_path / name).read_text())) for name in "ab")
+    assert one and two and (len(os.sched_getaffinity(0)) == 1 or not one & two)
+    with pytest.raises(subprocess.CalledProcessError):
+        ablation.together(None, (str(tmp_path / "a"), "3"), (str(tmp_path / "b"), "0"))
 
 
 def test_more_prompts_than_there_are_is_one_clear_line(tmp_path, monkeypatch):
