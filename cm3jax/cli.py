@@ -184,7 +184,8 @@ class Generate:
     """Draw pictures from captions.
 
     The sampling flags start from the setting that the run's evaluation chose. With --documents, or where the evaluation
-    chose some, documents of the run's memory bank are shown before each caption, and their keys are printed.
+    chose some, documents of the run's memory bank are shown before each caption, and their keys, sources and licences
+    are printed.
 
     cm3jax generate RUN "How does a chameleon hunt?" photo.jpg "Draw each step." --interleaved
     """
@@ -239,7 +240,7 @@ class Generate:
         )
         model, settings = artist(run), configs.to_json(self.sampling) | {"candidates": candidates}
         for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-            shown = tuple(f"{one.split}/{one.key}" for one in found[i])
+            shown = tuple(one.origin for one in found[i])
             made = provenance.Made(model, prompt, self.seed, i, settings, shown)
             print(png.write(self.out or run / "generated", picture, made))
             tell(found[i], count)
@@ -636,7 +637,8 @@ def remembered(run: pathlib.Path, batch: int, documents: int, rerank: bool = Fal
 def tell(found, asked: int) -> None:
     """Print which documents were shown, indented below what was drawn or written with them."""
     for one in found:
-        print(f"    with {one.split}/{one.key}, score {one.score:.3f}{f', {one.license}' if one.license else ''}")
+        origin = ", ".join(x for x in (one.source, one.license) if x)
+        print(f"    with {one.split}/{one.key}, score {one.score:.3f}{f' ({origin})' if origin else ''}")
     if len(found) < asked:
         print(f"    {len(found)} of {asked} documents: no more were found, or the row has no room")
 

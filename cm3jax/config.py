@@ -450,8 +450,9 @@ class Bank:
     vector, split over the accelerators."""
     batch: int = 256
     """Documents that go through the retriever at once, over all chips of a host."""
-    shard: int = 1_000_000
-    """Vectors of a file at most."""
+    shard: int = 65_536
+    """Vectors of a file at most, in files that are still to be made. A shard is what hosts share and what is kept of an
+    interrupted stage."""
     lists: int = 0
     """ivf_pq: cells of the coarse quantizer; 0: 4 x the root of the documents."""
     probes: int = 32

@@ -57,7 +57,7 @@ class Made:
       prompt: Of a sheet, the captions of its pictures, a line each.
       index: The picture's place in its call, whose random numbers it has.
       settings: JSON types: those of sampling, and what else decides the picture.
-      documents: Keys of those shown before the prompt.
+      documents: Of those shown before the prompt, key, source and licence.
       source: Key of MARKS.
     """
 
@@ -66,7 +66,7 @@ class Made:
     seed: int | None
     index: int
     settings: dict[str, Any]
-    documents: tuple[str, ...] = ()
+    documents: tuple[dict[str, str], ...] = ()
     source: str = "trainedAlgorithmicMedia"
 
 

@@ -77,7 +77,9 @@ def made(report: dict[str, Any], drawn: list[dict[str, Any]]) -> provenance.Made
     protocol, how = report.get("protocol", {}), report.get("text_to_image", {}).get("sampling", {})
     checkpoint = protocol.get("checkpoint", {})
     model = provenance.Model(report.get("name", ""), checkpoint.get("step"), checkpoint.get("weights", "not recorded"))
-    shown = tuple(one["key"] for example in drawn for one in example.get("documents", ()))
+    told = ("key", "source", "license")
+    documents = (one for example in drawn for one in example.get("documents", ()))
+    shown = tuple({name: one[name] for name in told if name in one} for one in documents)
     return provenance.Made(model, "\n".join(e["caption"] for e in drawn), protocol.get("seed"), 0, how, shown)
 
 

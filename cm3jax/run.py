@@ -201,7 +201,7 @@ def bank(recipe: Recipe, run: pathlib.Path) -> None:
 
     prepared, out, settings = run / "prepared", run / "bank", recipe.bank
     index.check(prepared, HOW["prepare"].format(run=run))
-    mine = bank.plan(prepared, settings)[hosts.index() :: hosts.count()]
+    mine = bank.plan(prepared, out, settings)[hosts.index() :: hosts.count()]
     left = [shard for shard in bank.missing(prepared, out, settings) if shard in mine]
     found = encoder.load(run / "retriever", settings.batch)
     for shard in left:
@@ -601,7 +601,10 @@ def require_test(prepared: pathlib.Path) -> None:
 
 def again(name: str, only: str) -> str:
     """Return how to make a stage again, or keep it, in words that fit the verb: `run`, or the one of a single stage."""
-    return "--redo, or keep both in another run folder" if only else f"--redo {name}, or keep both with another --out"
+    if not only:
+        return f"--redo {name}, or keep both with another --out"
+    own = {"evaluate": "cm3jax evaluate, without --suite"} | {memory: f"--redo {memory}" for memory in MEMORY}
+    return f"{own.get(name, '--redo')}, or keep both in another run folder"
 
 
 def refuse_changes(stage: Stage, recipe: Recipe, folder: pathlib.Path, how: str) -> None:
@@ -628,9 +631,11 @@ def fitting_inputs(stage: Stage, recipe: Recipe, folder: pathlib.Path, how: str)
     now = {} if record and record.imported else inputs(stage, recipe, folder)
     if record and record.inputs != now:
         changed = ", ".join(sorted(k for k in {**now, **record.inputs} if now.get(k) != record.inputs.get(k)))
+        whole = (stage.name, changed) == ("decoder", "neighbours") and record.complete
+        keep = f"; as it is it draws with the memory there now, and cm3jax evaluate {folder} scores it" if whole else ""
         raise UserError(
             f"{stage.folder(folder)}: made from another {changed} than the one there now; make it and what"
-            f" follows again with {how}"
+            f" follows again with {how}{keep}"
         )
     return now
 
@@ -782,17 +787,21 @@ def extend_bank(recipe: Recipe, folder: pathlib.Path) -> None:
     Raises:
       UserError: if there is no finished bank, or the settings would change vectors that are in it.
     """
+    from cm3jax.retrieval import bank
+
     stage = STAGES["bank"]
-    require(["bank"], folder)
     record = stages.read(stage.folder(folder))
+    if record and not stages.differences(record.config, stage.settings(recipe)):
+        return  # nothing to add, or an extension that was interrupted
+    require(["bank"], folder)
     old, new = config.from_json(config.Bank, record.config["bank"], "bank"), recipe.bank
-    if new.splits[: len(old.splits)] != old.splits or new.shard != old.shard:
+    if new.splits[: len(old.splits)] != old.splits:
         raise UserError(
-            f"--extend: bank.splits {old.splits} can only grow at their end, here {new.splits}, and bank.shard must"
-            f" stay {old.shard:,}, here {new.shard:,}; else make the bank again with --redo bank"
+            f"--extend: bank.splits {old.splits} can only grow at their end, here {new.splits}; else make the bank"
+            " again with --redo bank"
         )
-    if not stages.differences(record.config, stage.settings(recipe)):
-        return
+    bank.plan(folder / "prepared", stage.folder(folder), new)  # a split that is not there is refused before a change
+    bank.held_out_splits(folder / "prepared", new)
     record.config, record.complete = stage.settings(recipe), False
     stages.write(stage.folder(folder), record)
     stages.remove(STAGES["neighbours"].folder(folder))

@@ -24,7 +24,7 @@ FILE = "stage.json"
 INTERVALS = {"log_every", "evaluate_every", "evaluate_batches", "sample_every", "save_every", "keep"}
 VOLATILE = INTERVALS | {"workers", "mesh", "accumulate", "profile"}
 """Settings that may change between two runs of a stage: they steer how it runs, not what comes out."""
-VOLATILE_PATHS = {"decoder.model.attention", "decoder.model.remat", "decoder.loss_chunk"}
+VOLATILE_PATHS = {"decoder.model.attention", "decoder.model.remat", "decoder.loss_chunk", "bank.shard"}
 """More of these, by their whole name."""
 LOGS = ("metrics.jsonl", "events.out.tfevents", FILE)
 ASIDE = {"samples", "profile"}

@@ -141,8 +141,8 @@ def draw(settings: Coco, found: Sequence[Prompt], folder: pathlib.Path, generato
         arguments = settings.candidates, settings.seed, settings.sampling, ids, numbers
         best = rerank.draw(generator, encoder, captions, *arguments).best()
         for one, number, picture, documents in zip(own, numbers, best, shown, strict=True):
-            keys = tuple(document.key for document in documents)
-            made = provenance.Made(model, one.caption, settings.seed, number, how, keys)
+            origins = tuple(document.origin for document in documents)
+            made = provenance.Made(model, one.caption, settings.seed, number, how, origins)
             put(folder / one.file, picture, provenance.fields(made))
         print(f"{folder.name}: {start + len(own):,} of {len(found):,}", flush=True)
     return len(left)

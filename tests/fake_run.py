@@ -100,13 +100,15 @@ def retrieving(content: dict, scores: dict, folder) -> None:
     document = {
         "key": "train/a<7>",
         "score": 0.625,
+        "source": "web & co",
         "license": "CC0",
         "caption": "one & more",
         "picture": "retrieved.png",
     }
+    bare = dict.fromkeys(("picture", "caption", "source", "license"))
     for task in ("text_to_image", "image_to_text"):
         for example in content[task][:3]:
-            example["documents"] = [document, {**document, "picture": None, "caption": None, "license": ""}]
+            example["documents"] = [document, document | bare]
         rows = [{"documents": k, "validation": 0.5 + k / 10, "object_accuracy": 0.51 + k / 10} for k in range(3)]
         for row in rows if "composition" in scores[task] else ():
             row["composition"] = {"object_accuracy": 0.101 + row["documents"] / 10}

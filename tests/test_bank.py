@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import resource
 
 import fake_encoder
 import numpy as np
@@ -88,6 +90,32 @@ def test_building_continues_by_shard_to_the_same_bytes(prepared, tmp_path):
     assert read(tmp_path / "parts") == read(tmp_path / "whole")
 
 
+def test_a_finished_split_keeps_its_shards_whatever_their_size_would_be_now(prepared, tmp_path):
+    first, out = configs.Bank(splits=("train",), shard=7), tmp_path / "bank"
+    make(prepared[0], out, first)
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("train*")}
+    smaller = dataclasses.replace(SETTINGS, shard=3)
+    assert not bank.missing(prepared[0], out, dataclasses.replace(first, shard=3))
+    assert [(s.split, s.count) for s in bank.missing(prepared[0], out, smaller)] == [("more", 4)] * 4
+    make(prepared[0], out, smaller)
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("train*")} == before
+    mixed, made = bank.open(out), make(prepared[0], tmp_path / "alike", SETTINGS) and bank.open(tmp_path / "alike")
+    assert np.array_equal(mixed.vectors(np.arange(34)), made.vectors(np.arange(34)))
+    assert [mixed.place(i) for i in range(34)] == [made.place(i) for i in range(34)]
+    (out / "train-00001-of-00004.marks.npy").unlink()
+    assert [tuple(s) for s in bank.missing(prepared[0], out, smaller)] == [("train", 1, 4, 7, 14)]
+
+
+def test_a_bank_of_more_files_than_a_process_may_have_open_is_opened(prepared, tmp_path):
+    make(prepared[0], tmp_path / "bank", SETTINGS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, hard))
+        assert len(bank.open(tmp_path / "bank").arrays["marks"]) == 6
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_further_split_adds_files_and_changes_none(prepared, tmp_path):
     first, out = configs.Bank(splits=("train",), shard=7), tmp_path / "bank"
     make(prepared[0], out, first)
@@ -161,11 +189,11 @@ def test_a_broken_index_is_a_clear_error(tmp_path, text):
 
 def test_an_empty_bank_is_refused(prepared, tmp_path):
     with pytest.raises(UserError, match="no split 'none'.*found: more, test, train"):
-        bank.plan(prepared[0], configs.Bank(splits=("none",)))
+        bank.plan(prepared[0], tmp_path / "bank", configs.Bank(splits=("none",)))
     with shards.Writer(tmp_path / "empty", "train"):
         pass
     with pytest.raises(UserError, match="no document in them"):
-        bank.plan(tmp_path / "empty", configs.Bank())
+        bank.plan(tmp_path / "empty", tmp_path / "bank", configs.Bank())
 
 
 def test_vectors_that_are_no_numbers_are_refused(prepared, tmp_path):
@@ -179,7 +207,7 @@ def test_vectors_that_are_no_numbers_are_refused(prepared, tmp_path):
 
 
 def test_records_that_became_fewer_are_noticed(prepared, tmp_path):
-    (shard, *_), reader = bank.plan(prepared[0], SETTINGS), shards.Reader(prepared[0], "train")
+    (shard, *_), reader = bank.plan(prepared[0], tmp_path / "bank", SETTINGS), shards.Reader(prepared[0], "train")
     with pytest.raises(UserError, match="5 of 7 documents"):
         bank.write(tmp_path / "bank", shard, encoder.embed(FAKE, (reader[i] for i in range(5))))
     assert bank.missing(prepared[0], tmp_path / "bank", SETTINGS)[0] == shard

@@ -179,10 +179,10 @@ def test_as_many_documents_are_shown_as_the_evaluation_chose_unless_the_flag_say
 
 
 def test_what_was_shown_is_told_and_what_is_missing_too(capsys):
-    found = [memory.Found(7, 0.8125, "bank", 3, "a-key", "made up", licence) for licence in ("CC0", "")]
+    found = [memory.Found(7, 0.8125, "bank", 3, "a-key", *origin) for origin in (("made up", "CC0"), ("", ""))]
     cli.tell(found, 3)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["    with bank/a-key, score 0.812, CC0", "    with bank/a-key, score 0.812"]
+    assert lines[:2] == ["    with bank/a-key, score 0.812 (made up, CC0)", "    with bank/a-key, score 0.812"]
     assert lines[2].startswith("    2 of 3 documents:") and len(lines) == 3
 
 

@@ -158,7 +158,7 @@ def test_the_recipe_from_cocos_files_to_a_table(files, run, pairs, tmp_path):
         assert result["drawn"]["sampling"]["method"] == "mixture" and result["drawn"]["clip"] == clip.identity
     with Image.open(tmp_path / "drawn-1" / found[4].file) as picture:
         assert picture.text["prompt"] == found[4].caption and picture.text["index"] == "4"
-        assert json.loads(picture.text["documents"]) == ["key0"]
+        assert json.loads(picture.text["documents"]) == [{"key": "train/key0", "source": "made up", "license": "CC0"}]
 
     lost = tmp_path / "drawn-1" / found[4].file
     before, times = lost.read_bytes(), {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn-0").glob("*.png")}

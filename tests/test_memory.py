@@ -1,5 +1,6 @@
 """A run's memory: its stages, the questions that it answers, and the command line, with a small encoder."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -175,6 +176,14 @@ def test_the_bank_grows_and_changes_its_index_without_a_vector_made_again(made, 
     wider = dataclasses.replace(RECIPE.bank, search="hnsw", splits=("train", "composition"))
     larger = dataclasses.replace(RECIPE, bank=wider)
     before = {p: p.stat().st_mtime_ns for p in (folder / "bank").glob("train*")}
+    for name, wrong in (("splits", ("train", "more")), ("held_out", ("tests",))):
+        odd = dataclasses.replace(RECIPE, bank=dataclasses.replace(RECIPE.bank, **{name: wrong}))
+        with pytest.raises(UserError, match=f"no split '{wrong[-1]}'"):
+            run.build_memory(odd, folder, extend=True)
+    capsys.readouterr()
+    run.build_memory(RECIPE, folder)
+    assert capsys.readouterr().out.count("up to date") == 3, "what was refused has changed nothing"
+    run.extend_bank(larger, folder)  # and an interruption
     run.build_memory(larger, folder, extend=True)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     grown = memory.load(folder)
@@ -184,6 +193,45 @@ def test_the_bank_grows_and_changes_its_index_without_a_vector_made_again(made, 
     assert len(files.Neighbours(folder / "neighbours", "composition")) == 12
     with pytest.raises(UserError, match="can only grow at their end"):
         run.build_memory(RECIPE, folder, extend=True)
+
+
+def test_an_interrupted_bank_embeds_only_the_shards_that_are_missing(made, tmp_path, monkeypatch):
+    recipe, embed = dataclasses.replace(RECIPE, bank=dataclasses.replace(RECIPE.bank, shard=16)), encoder.embed
+
+    def build(name, most):
+        """Build a bank, interrupted after `most` shards; return its files, and the keys embedded for each shard."""
+        embedded, folder = [], tmp_path / name
+        if not folder.exists():
+            shutil.copytree(made, folder, ignore=shutil.ignore_patterns("bank", "neighbours"))
+
+        def counted(found, records, say):
+            if len(embedded) == most:
+                raise KeyboardInterrupt
+            records = list(records)
+            embedded.append([record.key for record in records])
+            return embed(found, iter(records), say)
+
+        monkeypatch.setattr(encoder, "embed", counted)
+        with contextlib.suppress(KeyboardInterrupt):
+            run.run(recipe, folder, only="bank")
+        return {p.name: p.read_bytes() for p in (folder / "bank").iterdir() if p.name != "stage.json"}, embedded
+
+    (whole, every), (_, first), (found, second) = build("whole", 9), build("cut", 2), build("cut", 9)
+    assert [len(keys) for keys in every] == [16, 16, 16, 12] and (first, second) == (every[:2], every[2:])
+    assert found == whole and len(found) == 4 * 4 + 2
+
+
+def test_a_finished_bank_is_good_under_another_size_of_shards(made, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder)
+    smaller = dataclasses.replace(RECIPE, bank=dataclasses.replace(RECIPE.bank, shard=7))
+    run.build_memory(smaller, folder)
+    assert capsys.readouterr().out.count("up to date") == 3
+    before = {p: p.stat().st_mtime_ns for p in (folder / "bank").glob("train*")}
+    wider = dataclasses.replace(smaller.bank, splits=("train", "composition"))
+    run.build_memory(dataclasses.replace(smaller, bank=wider), folder, extend=True)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert [len(x) for x in memory.load(folder).bank.arrays["vectors"]] == [40, 20, 7, 5]
 
 
 def test_a_recipe_that_does_not_retrieve_has_no_memory(tmp_path):

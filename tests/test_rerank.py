@@ -198,7 +198,8 @@ def test_an_evaluation_draws_with_every_number_of_documents_and_chooses_on_valid
     assert len(scores["settings"]) == 2 and np.array_equal(pictures, splits["test"].pictures)
     told = artist.described(found)
     assert [[d["key"] for d in row] for row in told] == [["train/key0", "train/key1"]] * 6
-    assert told[0][1]["caption"] == "text 1" and told[0][1]["picture"].shape == (12, 12, 3)
+    assert [told[0][1][name] for name in ("source", "license", "caption")] == ["made up", "CC0", "text 1"]
+    assert told[0][1]["picture"].shape == (12, 12, 3)
     codes = {name: np.array(split.captions) for name, split in splits.items()}  # the painter reads them as captions
     scores, written, found, _ = protocol.image_to_text(artist, splits, codes)
     assert scores["documents"] == 1 and written[:5] == splits["test"].captions[:5] and len(found[0]) == 1

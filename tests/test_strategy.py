@@ -129,7 +129,7 @@ def world(tmp_path_factory):
     folder, settings = tmp_path_factory.mktemp("world"), configs.Bank(splits=("train", "more"), shard=33)
     found = fake_encoder.write(folder / "prepared", seeded(np.random.default_rng(0)))
     everything = [*found["train"], *found["more"]]
-    for shard in bank.plan(folder / "prepared", settings):
+    for shard in bank.plan(folder / "prepared", folder / "bank", settings):
         some = found[shard.split][shard.first : shard.stop]
         bank.write(folder / "bank", shard, encoder.embed(FAKE, iter(some)))
     bank.finish(folder / "prepared", folder / "bank", settings, "fake")

@@ -187,7 +187,7 @@ class Artist:
         """Return what an example tells of the documents shown before each."""
         return [
             [
-                {"key": f"{one.split}/{one.key}", "score": one.score, "license": one.license}
+                {**one.origin, "score": one.score}
                 | dict(zip(("caption", "picture"), first(self.memory.record(one)), strict=True))
                 for one in row
             ]

@@ -3,7 +3,8 @@
     bank/  index.json  held_out.npy  SPLIT-NNNNN-of-NNNNN.{vectors,facts,marks,names}.npy  [ivf_pq.faiss | hnsw.faiss]
 
 A document's id is its place in the splits of the bank, one behind the other, each in the order of its records. A shard
-holds at most `bank.shard` documents of one split, so that a further split adds files and changes none:
+holds at most `bank.shard` documents of one split, so that a further split adds files and changes none. A split that is
+finished keeps its shards, whatever `bank.shard` is now:
 
 - `vectors` fp16 [n, size], as the encoder gives them (arXiv 2309.02591 §2.1): memory-mapped, never read whole;
 - `facts` [n]: whether there is text and a picture, and where a document's marks and names end in the two below;
@@ -20,6 +21,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import resource
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +38,8 @@ TEXT, IMAGE = 1, 2
 FACTS = np.dtype([("flags", "u1"), ("marks", "<i8"), ("key", "<i8"), ("source", "<i8"), ("license", "<i8")])
 KINDS = ("facts", "marks", "names", "vectors")
 HELD_OUT = "held_out.npy"
+SPARE = 512
+"""Files that a process may have open beside those of a bank."""
 FIX = "make the bank again with: cm3jax retrieve build RUN --redo bank"
 
 
@@ -53,23 +57,28 @@ class Shard(NamedTuple):
         return tokens.stem(self.split, self.number, self.count)
 
 
-def plan(prepared, settings: configs.Bank) -> list[Shard]:
-    """Return the shards of the bank in order.
+def plan(prepared, out, settings: configs.Bank) -> list[Shard]:
+    """Return the shards of the bank in order, those of a split that the index in `out` knows as they are there.
 
     Raises:
       UserError: if a split is not there, or nothing is in any.
     """
-    found, out = shards.files(prepared), []
+    found, wanted = shards.files(prepared), []
+    known = _about(pathlib.Path(out))["shards"] if (pathlib.Path(out) / index.FILE).is_file() else []
     for split in settings.splits:
         if split not in found:
-            known = ", ".join(sorted(found)) or "none"
-            raise UserError(f"bank.splits: no split {split!r} in {str(prepared)!r}; found: {known}")
+            there = ", ".join(sorted(found)) or "none"
+            raise UserError(f"bank.splits: no split {split!r} in {str(prepared)!r}; found: {there}")
         size = sum(shards.count(path) for path in found[split])
-        count = -(-size // settings.shard)
-        out += [Shard(split, i, count, i * settings.shard, min(size, (i + 1) * settings.shard)) for i in range(count)]
-    if not out:
+        made = [shard for shard in known if shard.split == split]
+        if made and made[-1].stop == size:
+            wanted += made
+            continue
+        count, most = -(-size // settings.shard), settings.shard
+        wanted += [Shard(split, i, count, i * most, min(size, (i + 1) * most)) for i in range(count)]
+    if not wanted:
         raise UserError(f"bank.splits = {settings.splits}: no document in them, so nothing could be retrieved")
-    return out
+    return wanted
 
 
 # --------------------------------------------------------------------------------------------------------------- making
@@ -77,14 +86,14 @@ def plan(prepared, settings: configs.Bank) -> list[Shard]:
 
 def missing(prepared, out, settings: configs.Bank) -> list[Shard]:
     """Return the shards that are not there, or not as the index says."""
-    out = pathlib.Path(out)
-    stems = {shard.stem for shard in plan(prepared, settings)}
+    out, wanted = pathlib.Path(out), plan(prepared, out, settings)
+    stems = {shard.stem for shard in wanted}
     wrong = set()
     if (out / index.FILE).is_file():
         files = {n: v for n, v in _about(out)["files"].items() if n.split(".")[0] in stems}
         wrong = {name.split(".")[0] for name in files if _fault(out / name, files[name])}
     whole = {path.name.split(".")[0] for path in out.glob("*.vectors.npy") if path.name.count(".") == 2} - wrong
-    return [shard for shard in plan(prepared, settings) if shard.stem not in whole]
+    return [shard for shard in wanted if shard.stem not in whole]
 
 
 def write(out, shard: Shard, batches: Iterable[tuple[Sequence[Record], Any, Any, Any]]) -> None:
@@ -139,7 +148,7 @@ def finish(prepared, out, settings: configs.Bank, identity: str) -> bool:
     """Write held_out.npy and the index if all shards are there; return whether they are."""
     if missing(prepared, out, settings):
         return False
-    seal(out, plan(prepared, settings), held_out(prepared, settings), identity)
+    seal(out, plan(prepared, out, settings), held_out(prepared, settings), identity)
     return True
 
 
@@ -173,17 +182,23 @@ def names(wanted: Sequence[Shard]) -> list[str]:
 
 
 def held_out(prepared, settings: configs.Bank) -> UInt64[np.ndarray, " n"]:
-    """Return the marks of all documents that must not be retrieved, sorted: what copies of them are known by.
+    """Return the marks of all documents that must not be retrieved, sorted: what copies of them are known by."""
+    found = [np.zeros(0, np.uint64)]
+    for split in held_out_splits(prepared, settings):
+        found += [mark(record) for record in shards.Reader(prepared, split)]
+    return np.unique(np.concatenate(found))
+
+
+def held_out_splits(prepared, settings: configs.Bank) -> list[str]:
+    """Return the splits no copies of whose documents are retrieved.
 
     Raises:
       UserError: if a split of `bank.held_out` is not there.
     """
-    found, there = [np.zeros(0, np.uint64)], shards.splits(prepared)
-    for split in settings.held_out or [split for split in there if split not in settings.splits]:
-        if split not in there:
-            raise UserError(f"bank.held_out: there is no split {split!r} in {prepared}, only {', '.join(there)}")
-        found += [mark(record) for record in shards.Reader(prepared, split)]
-    return np.unique(np.concatenate(found))
+    there = shards.splits(prepared)
+    if missing := [split for split in settings.held_out if split not in there]:
+        raise UserError(f"bank.held_out: there is no split {missing[0]!r} in {prepared}, only {', '.join(there)}")
+    return list(settings.held_out) or [split for split in there if split not in settings.splits]
 
 
 def _measure(path: pathlib.Path) -> list:
@@ -350,6 +365,7 @@ def open(folder, identity: str = "") -> Bank:
         raise UserError(
             f"bank {str(folder)!r}: {len(wrong)} of {len(about['files'])} files are wrong: {named}{more}; {FIX}"
         )
+    allow_open(len(about["files"]) + SPARE)
     load = lambda name: np.load(folder / name, mmap_mode="r" if about["files"][name][1] else None)  # noqa: E731
     arrays = {kind: tuple(load(f"{shard.stem}.{kind}.npy") for shard in about["shards"]) for kind in KINDS}
     starts = np.cumsum([0] + [shard.stop - shard.first for shard in about["shards"]])
@@ -363,6 +379,14 @@ def open(folder, identity: str = "") -> Bank:
         arrays,
         starts,
     )
+
+
+def allow_open(files: int) -> None:
+    """Let this process have so many files open, if the system permits it: numpy holds open what it maps."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = files if hard == resource.RLIM_INFINITY else min(files, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def fingerprint(bank: Bank) -> str:

@@ -41,6 +41,11 @@ class Found:
     source: str
     license: str
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """What is told of it wherever it is shown."""
+        return {"key": f"{self.split}/{self.key}", "source": self.source, "license": self.license}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Memory:
