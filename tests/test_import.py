@@ -372,6 +372,14 @@ def bomb(folder):
             archive.writestr(name, content + b"\0" * 2**22)
 
 
+def same_name_twice(folder):
+    path = folder / "models" / "7b" / "consolidated.01.pth"
+    data = {name: zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in data.items():
+            archive.writestr(name, content.replace(b"layers.0.attention.wo", b"layers.1.attention.wo"))
+
+
 def changed_part(change):
     def spoil(folder):
         path = folder / "models" / "7b" / "consolidated.01.pth"
@@ -397,6 +405,7 @@ METAS = {
     "zip bomb": (bomb, ("consolidated.01.pth", "compressed")),
     "missing part": (lambda f: (f / "models/7b/consolidated.01.pth").unlink(), ("consolidated.01.pth", "missing")),
     "missing tensor": (changed_part(lambda s: s.pop(WO)), ("consolidated.01.pth", WO)),
+    "a tensor twice": (same_name_twice, ("consolidated.01.pth", f"has '{WO}' twice")),
     "more": (changed_part(lambda s: s.update(extra=torch.ones(1))), ("consolidated.00.pth", "extra")),
     "wrong shape": (changed_part(lambda s: s.update({WO: torch.ones(3, 3)})), ("consolidated.01.pth", WO, "(3, 3)")),
     "another type": (changed_part(lambda s: s.update({WO: s[WO].half()})), ("consolidated.01.pth", WO, "float16")),

@@ -287,7 +287,7 @@ def _with_attributes(function, kind, arguments, state) -> Any:
 
 
 def _items(pairs=()) -> dict[Any, Any]:
-    return pickles.paired(pairs.items() if isinstance(pairs, dict) else pairs)
+    return pickles.paired({}, pairs.items() if isinstance(pairs, dict) else pairs)
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
