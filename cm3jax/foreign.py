@@ -137,7 +137,7 @@ def planned(found: sources.Source, name: str, resolution: int = 0) -> Plan:
         return _image(found, name, resolution)
     if found.kind == plain.FORMAT:
         return _plain(found, name)
-    model = weights.sizes(_folder(found.path), _Opened(found.clip))
+    model = weights.sizes(_folder(found.path), _Opened(found))
     tokenizers.load(_folder(found.path))
     return Plan(config.Recipe(name=name, retriever=config.Retriever(model=model)), clip=model)
 
@@ -181,9 +181,9 @@ def _folder(path: pathlib.Path) -> pathlib.Path:
 class _Opened:
     """Tensors as `weights` wants an open file."""
 
-    def __init__(self, tensors: dict[str, mapped.Tensor]):
-        self.tensors = tensors
-        self.keys = tensors.keys
+    def __init__(self, found: sources.Source):
+        self.tensors, self.path = found.clip, found.files[0]
+        self.keys = found.clip.keys
 
     def get_slice(self, name: str):
         return _Shape(self.tensors[name].shape)
@@ -330,7 +330,7 @@ def write(found: sources.Source, plan: Plan, run: pathlib.Path, digest: str) -> 
         runs.taken(run, "image", runs.decided(plan.recipe, "image"), origin)
     if plan.clip:
         folder = _folder(found.path)
-        encoder.save(run / "retriever", *weights.read(folder, _Opened(found.clip)), tokenizers.load(folder))
+        encoder.save(run / "retriever", *weights.read(folder, _Opened(found)), tokenizers.load(folder))
         runs.taken(run, "retriever", runs.decided(plan.recipe, "retriever"), origin)
     told = {name: value for name, value in found.about.items() if name != "vocabulary_map"}  # tokenizer.json has it
     about = {"layout": found.layout, "sha256": digest, "source": str(found.path), "config": told}

@@ -66,7 +66,8 @@ def compare(tensors: Mapping[str, mapped.Tensor], wanted: dict[str, chameleon.Le
     shapes = {name: leaf.theirs for leaf in wanted.values() for name in leaf.names}
     mapped.fit(tensors, shapes, where, " by its config.json")
     if extra := sorted(set(tensors) - set(shapes)):
-        raise UserError(f"{where}: {mapped.short(extra[0])} is no tensor of this decoder ({len(extra)} such)")
+        called = mapped.called(tensors, extra[0], where)
+        raise UserError(f"{called} is no tensor of this decoder ({len(extra)} such)")
 
 
 def tensors(ours: Mapping[str, mapped.Tensor], made: configs.Recipe, dtype: Any = None) -> dict[str, mapped.Tensor]:

@@ -244,4 +244,5 @@ def floating(found: dict[str, mapped.Tensor], path: pathlib.Path) -> None:
     """Raise a UserError that names the first tensor whose numbers are no plain weights."""
     for name, tensor in found.items():
         if safetensor_files.NAMES.get(tensor.dtype) not in ("F32", "F16", "BF16"):
-            raise UserError(f"{path}: {name} is of {tensor.dtype}: weights must be float32, float16 or bfloat16")
+            called = mapped.called(found, name, str(path))
+            raise UserError(f"{called} is of {tensor.dtype}: weights must be float32, float16 or bfloat16")
