@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 from typing import Any
 
-from cm3jax.interop import chameleon, mapped, meta, safetensor_files, tensors
+from cm3jax.interop import chameleon, mapped, meta, safetensor_files, tensors, vqgan
 from cm3jax.tokenizers import text
 from cm3jax.types import UserError
 
@@ -88,7 +89,7 @@ def open(path, tokenizer: str = "", image: str = "") -> Source:
     if meta.TABLE in names:
         raise UserError(f"{path}: one part of Meta's layout; give the folder that holds it, params.json and tokenizer")
     if is_image(names) and chameleon.NAMES["table"] not in names:
-        return Source(path, "image", "image tokenizer", found.files, image=found.found)
+        return Source(path, "image", "image tokenizer", found.files, image=found.found, about=_side(found.values))
     if chameleon.NAMES["table"] in names and "model_type" not in about:
         raise UserError(f"{path}: a language model without a {CONFIG} that says its model_type; fetch that file too")
     what = f"model_type {about['model_type']!r}" if "model_type" in about else f"tensors such as {sorted(names)[:1]}"
@@ -199,6 +200,12 @@ def _image(path: pathlib.Path) -> mapped.Tensors:
         what = f"several, {found[0].path.name} and {found[1].path.name}" if found else "none"
         raise UserError(f"{path}: an image tokenizer is needed (vqgan.ckpt), here is {what}; name it with --image")
     return found[0]
+
+
+def _side(values: dict[str, Any]) -> dict[str, int]:
+    """Return the pixels of a side that a file's metadata tells of an image tokenizer, {} if it does not."""
+    told = values.get(vqgan.RESOLUTION)
+    return {vqgan.RESOLUTION: int(told)} if isinstance(told, str) and re.fullmatch("[0-9]{1,5}", told) else {}
 
 
 def _holds(path: pathlib.Path, name: str) -> bool:

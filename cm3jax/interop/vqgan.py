@@ -56,6 +56,8 @@ LEFT = re.compile(
 )
 """Tensors in published files that are no part of the tokenizer."""
 
+FILE, RESOLUTION = "vqgan.safetensors", "resolution"
+"""What an export writes, and the pixels of a side in its metadata."""
 GROUPS, KERNEL = 32, 3
 COMMON = {"patch": 1, "encoder_kernel": KERNEL, "groups": GROUPS, "middle": True, "l2_normalise": False}
 FIELDS = {
