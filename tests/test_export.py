@@ -32,7 +32,7 @@ from cm3jax.interop import (
     tensors,
     vqgan,
 )
-from cm3jax.nn import decoder
+from cm3jax.nn import clip, decoder
 from cm3jax.nn import vqgan as nets
 from cm3jax.tokenizers import document, image, text
 from cm3jax.types import UserError
@@ -221,6 +221,27 @@ def test_the_loader_in_the_documentation_reads_them(trained, tmp_path):
     assert scope["vocab"]["text"] == recipe.vocab.text
     names = set(scope["weights"])
     assert {"table", "head", "norm.scale", "layers.1.mlp.gate.w", "layers.0.attention.q_norm.bias"} <= names
+
+
+def test_the_documentation_names_every_array_of_pictures_and_retriever():
+    """And names no other."""
+    expand = lambda word: re.escape(word).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")  # noqa: E731
+    section = plain.__doc__.split("Of image/ and retriever/")[1].split("To read them")[0]
+    words = {x for x in re.findall(r"[\w{},/.]+", "\n".join(re.findall("(?m)^    (.*)", section)))}
+    words = {word.strip(",") for word in words if "/" in word or word in ("codebook", "logit_scale")}
+    patterns = {re.sub("[0-9]+", "[0-9]+", expand(word)).replace(r"\.\.\.", ".+") for word in words}
+    names = {path for size in (False, True) for path in vqgan._shapes(_network(size), 5)}
+    model = config.CLIP(vision_width=64, vision_layers=1, text_width=64, text_layers=1, vision_heads=1, text_heads=1)
+    made = jax.eval_shape(lambda key: clip.init(clip.CLIP(model, 9), key), jax.random.key(0))
+    names |= set(flax.traverse_util.flatten_dict(sharding.unbox(made), sep="/"))
+    assert not [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    assert not [pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in names)]
+
+
+def _network(scores):
+    """Return a small network, of both kinds one with every part that there is."""
+    quantizer = {"quantizer": "argmax", "latents": 32} if scores else {}
+    return config.VQGAN(width=32, multipliers=(1, 2), attention=(0, 1), z=8, **quantizer)
 
 
 def test_a_checkpoint_and_a_type_can_be_chosen(trained, tmp_path, capsys):
