@@ -1050,7 +1050,7 @@ class Import:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write a run's weights into files for others: a folder that transformers loads, or plain safetensors.
+    """Write a run's weights into files for others: as such models are published, or as plain safetensors.
 
     cm3jax export runs/chameleon chameleon-hf --to hf
     """
@@ -1060,10 +1060,11 @@ class Export:
     out: Positional[Annotated[str, arg(metavar="OUT")]]
     """Folder to write; must not be there."""
     to: Literal["hf", "safetensors"] = "safetensors"
-    """hf: Hugging Face's layout of Chameleon, for decoders of that form, or of CLIP, for a retriever; safetensors: all
-    parts of any run, named as cm3jax/interop/plain.py says, which import reads again."""
-    part: Literal["", "decoder", "retriever"] = ""
-    """--to hf: which of them; "": the decoder, or of a run without one the retriever."""
+    """hf: Hugging Face's layout of Chameleon, for decoders of that form, or of CLIP, for a retriever, both for
+    transformers, or of an image tokenizer one file with taming's or LlamaGen's names; safetensors: all parts of any
+    run, named as cm3jax/interop/plain.py says. Import reads all of them again."""
+    part: Literal["", "decoder", "retriever", "image"] = ""
+    """--to hf: which of them; "": the first of them that the run has."""
     step: int = -1
     """Checkpoint of the decoder; -1: the one that the run's evaluation chose, else the latest."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""

@@ -137,13 +137,13 @@ def planned(found: sources.Source, name: str, resolution: int = 0) -> Plan:
         return _image(found, name, resolution)
     if found.kind == plain.FORMAT:
         return _plain(found, name)
-    model = weights.sizes(_folder(found.path), _Opened(found.clip))
+    model = weights.sizes(_folder(found.path), _Opened(found))
     tokenizers.load(_folder(found.path))
     return Plan(config.Recipe(name=name, retriever=config.Retriever(model=model)), clip=model)
 
 
 def _image(found: sources.Source, name: str, resolution: int) -> Plan:
-    network = vqgan.network(found.image, None, resolution, str(found.path))
+    network = vqgan.network(found.image, None, resolution or found.about.get(vqgan.RESOLUTION, 0), str(found.path))
     sources.floating(_taken(found.image, network), found.path)
     room = LIMIT - len(SPECIALS) - network.codes - Vocab.sentinels  # the default text vocabulary may not fit beside it
     vocab = Vocab(text=max(1, min(Vocab.text, room)), image=network.codes)
@@ -181,9 +181,9 @@ def _folder(path: pathlib.Path) -> pathlib.Path:
 class _Opened:
     """Tensors as `weights` wants an open file."""
 
-    def __init__(self, tensors: dict[str, mapped.Tensor]):
-        self.tensors = tensors
-        self.keys = tensors.keys
+    def __init__(self, found: sources.Source):
+        self.tensors, self.path = found.clip, found.files[0]
+        self.keys = found.clip.keys
 
     def get_slice(self, name: str):
         return _Shape(self.tensors[name].shape)
@@ -330,7 +330,7 @@ def write(found: sources.Source, plan: Plan, run: pathlib.Path, digest: str) -> 
         runs.taken(run, "image", runs.decided(plan.recipe, "image"), origin)
     if plan.clip:
         folder = _folder(found.path)
-        encoder.save(run / "retriever", *weights.read(folder, _Opened(found.clip)), tokenizers.load(folder))
+        encoder.save(run / "retriever", *weights.read(folder, _Opened(found)), tokenizers.load(folder))
         runs.taken(run, "retriever", runs.decided(plan.recipe, "retriever"), origin)
     told = {name: value for name, value in found.about.items() if name != "vocabulary_map"}  # tokenizer.json has it
     about = {"layout": found.layout, "sha256": digest, "source": str(found.path), "config": told}
@@ -357,32 +357,37 @@ def copied(source: pathlib.Path, out: pathlib.Path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------- out
 
 
+SENT = ("decoder", "retriever", "image")
+"""Parts of a run that have a form of others."""
+
+
 def send(
     run: pathlib.Path, out: str, to: str, step: int | None = None, dtype: str = "", part: str = "", say=print
 ) -> pathlib.Path:
     """Write a run's weights for others; return the folder.
 
     Args:
-      to: "hf": Chameleon or CLIP as Hugging Face publishes it, which transformers loads; "safetensors": see
-        `interop.plain`.
+      to: "hf": Chameleon or CLIP as Hugging Face publishes it, which transformers loads, or an image tokenizer under
+        its published names; "safetensors": see `interop.plain`.
       step: Checkpoint of the decoder; None: the latest.
-      part: Of "hf": "decoder" or "retriever"; "": the decoder, or of a run without one the retriever.
+      part: Of "hf": one of `SENT`; "": the first of them that the run has.
       dtype: Of the weights; "": as they are stored.
 
     Raises:
-      UserError: if `out` is there, the run is not finished, or naming the setting in which it is no Chameleon.
+      UserError: if `out` is there, the run is not finished, or naming the setting in which it is no Chameleon, or no
+        image tokenizer of a published form.
     """
     folder = pathlib.Path(out)
     fresh(folder)
     recipe = config.load(run / "recipe.json")
     if part and to != "hf":
         raise UserError(f"--part {part}: --to {to} writes all parts; leave it out, or take --to hf")
-    part = part or ("retriever" if (run / "retriever").is_dir() and not (run / "decoder").is_dir() else "decoder")
+    part = part or next((name for name in SENT if (run / name).is_dir()), SENT[0])
     if to == "hf" and not (run / part).is_dir():
-        raise UserError(f"{run}: has no {part}/, and --to hf writes a decoder or a retriever; take --to safetensors")
+        raise UserError(f"{run}: has no {part}/, and --to hf writes one of {', '.join(SENT)}; take --to safetensors")
     with whole(folder) as partial:
-        if to == "hf" and part == "retriever":
-            files = _clip(run, partial, dtype)
+        if to == "hf" and part != "decoder":
+            files = (_clip if part == "retriever" else _pictures)(run, partial, dtype)
         else:
             files = (_hugging_face if to == "hf" else _safetensors)(run, recipe, partial, step, dtype)
     say(f"{folder}: {', '.join(files)}")
@@ -435,6 +440,20 @@ def _clip(run: pathlib.Path, out: pathlib.Path, dtype: str) -> list[str]:
     for file in made.tokenizer.files:
         shutil.copyfile(file, out / file.name)
     return sorted([path.name for path in files] + [weights.CONFIG, *(file.name for file in made.tokenizer.files)])
+
+
+def _pictures(run: pathlib.Path, out: pathlib.Path, dtype: str) -> list[str]:
+    """Write an image tokenizer under its published names, those of the network's own state_dict, in one file.
+
+    A file of torch may have had them in containers, "state_dict" or "model", which are left out. The pictures' size,
+    which no tensor tells, stands in the file's metadata.
+    """
+    made, form = image.load(run / "image"), {"cosine": "llamagen"}
+    network = vqgan.Network(made.config, made.codes, made.resolution, form.get(made.config.quantizer, "taming"))
+    kind = _kind(dtype or imported(run).get("image", {}).get("dtype", ""))
+    tensors = {name: mapped.held(x) for name, x in vqgan.tensors(made.params, network, kind)}
+    safetensor_files.write(out / vqgan.FILE, tensors, {"format": "pt", vqgan.RESOLUTION: str(made.resolution)})
+    return [vqgan.FILE]
 
 
 def _with_image(words: dict[str, Any]) -> dict[str, Any]:

@@ -120,16 +120,16 @@ BROKEN = {
     "missing": (lambda t: t.pop(Q), f"no tensor '{Q}'"),
     "transposed": (
         lambda t: t.update({Q.replace("q_proj", "q_norm"): np.ones((8, 4))}),
-        "model.layers.1.self_attn.q_norm.weight has shape (8, 4), must be (4, 8)",
+        "model.layers.1.self_attn.q_norm.weight' has shape (8, 4), must be (4, 8)",
     ),
     "left over": (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": t[Q]}), "model.layers.3.mlp.up_proj.weight"),
     "a bias": (
         lambda t: t.update({Q.replace("weight", "bias"): t[Q][0]}),
-        "model.layers.1.self_attn.q_proj.bias is no",
+        "model.layers.1.self_attn.q_proj.bias' is no",
     ),
     "another row count": (
         lambda t: t.update({"lm_head.weight": np.ones((132, 32))}),
-        "lm_head.weight has shape (132, 32)",
+        "lm_head.weight' has shape (132, 32)",
     ),
 }
 

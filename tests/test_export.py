@@ -14,12 +14,26 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
+import vqgans
 
 from cm3jax import checkpoint, cli, config, foreign, sharding
-from cm3jax.interop import chameleon, chameleon_vocab, pieces, plain, sources, streamed, tensors, vqgan
-from cm3jax.nn import decoder
+from cm3jax.interop import (
+    chameleon,
+    chameleon_vocab,
+    mapped,
+    pieces,
+    plain,
+    safetensor_files,
+    sources,
+    streamed,
+    tensors,
+    vqgan,
+)
+from cm3jax.nn import clip, decoder
+from cm3jax.nn import vqgan as nets
 from cm3jax.tokenizers import document, image, text
 from cm3jax.types import UserError
 from cm3jax.vocab import Vocab
@@ -209,6 +223,27 @@ def test_the_loader_in_the_documentation_reads_them(trained, tmp_path):
     assert {"table", "head", "norm.scale", "layers.1.mlp.gate.w", "layers.0.attention.q_norm.bias"} <= names
 
 
+def test_the_documentation_names_every_array_of_pictures_and_retriever():
+    """And names no other."""
+    expand = lambda word: re.escape(word).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")  # noqa: E731
+    section = plain.__doc__.split("Of image/ and retriever/")[1].split("To read them")[0]
+    words = {x for x in re.findall(r"[\w{},/.]+", "\n".join(re.findall("(?m)^    (.*)", section)))}
+    words = {word.strip(",") for word in words if "/" in word or word in ("codebook", "logit_scale")}
+    patterns = {re.sub("[0-9]+", "[0-9]+", expand(word)).replace(r"\.\.\.", ".+") for word in words}
+    names = {path for size in (False, True) for path in vqgan._shapes(_network(size), 5)}
+    model = config.CLIP(vision_width=64, vision_layers=1, text_width=64, text_layers=1, vision_heads=1, text_heads=1)
+    made = jax.eval_shape(lambda key: clip.init(clip.CLIP(model, 9), key), jax.random.key(0))
+    names |= set(flax.traverse_util.flatten_dict(sharding.unbox(made), sep="/"))
+    assert not [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    assert not [pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in names)]
+
+
+def _network(scores):
+    """Return a small network, of both kinds one with every part that there is."""
+    quantizer = {"quantizer": "argmax", "latents": 32} if scores else {}
+    return config.VQGAN(width=32, multipliers=(1, 2), attention=(0, 1), z=8, **quantizer)
+
+
 def test_a_checkpoint_and_a_type_can_be_chosen(trained, tmp_path, capsys):
     run = trained[0]
     out = str(tmp_path / "out")
@@ -244,8 +279,58 @@ def test_an_image_tokenizer_alone_comes_back(tmp_path):
     foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), say=quiet)
     first, second = (image.load(tmp_path / name / "image").params for name in ("run", "again"))
     assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
-    with pytest.raises(UserError, match="has no decoder/"):
-        foreign.send(tmp_path / "run", str(tmp_path / "hf"), "hf", say=quiet)
+    with pytest.raises(UserError, match="has no retriever/"):
+        foreign.send(tmp_path / "run", str(tmp_path / "hf"), "hf", part="retriever", say=quiet)
+
+
+PUBLISHED = {
+    "taming": ("taming", "state_dict", torch.float32),
+    "Gumbel": ("Gumbel", "state_dict", torch.float32),
+    "LlamaGen": ("LlamaGen", "model", torch.float32),
+    "half precision": ("taming", "", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize(("name", "within", "kind"), PUBLISHED.values(), ids=PUBLISHED)
+def test_a_published_image_tokenizer_comes_back_bit_for_bit_through_the_verbs(tmp_path, name, within, kind):
+    state = {n: x.to(kind) for n, x in vqgans.random(vqgans.SMALL[name]).state_dict().items()}
+    torch.save({within: state, "epoch": 3} if within else state, tmp_path / "last.ckpt")
+    source, run, out, again = (str(tmp_path / n) for n in ("last.ckpt", "run", "out", "again"))
+    assert cli.main(["import", source, run, "--resolution", "16"]) == 0
+    assert cli.main(["export", run, out, "--to", "hf"]) == 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["vqgan.safetensors"]
+    written = safetensors.torch.load_file(tmp_path / "out" / "vqgan.safetensors")
+    assert {n: x.dtype for n, x in written.items()} == {n: kind for n in state}
+    assert all(torch.equal(written[n], x) for n, x in state.items()), "others' own names and shapes"
+    assert cli.main(["import", out, again]) == 0, "the file tells the pictures' size"
+    assert cli.main(["export", again, str(tmp_path / "twice"), "--to", "hf"]) == 0
+    for file in ("config.json", "weights.safetensors"):
+        assert (tmp_path / "again/image" / file).read_bytes() == (tmp_path / "run/image" / file).read_bytes()
+    assert contents(tmp_path / "twice") == contents(out)
+
+
+def test_an_image_tokenizer_that_was_trained_here_has_published_names_if_it_is_such_a_network(trained, tmp_path):
+    foreign.send(trained[0], str(tmp_path / "out"), "hf", part="image", say=quiet)
+    written = tensors.open(tmp_path / "out").found
+    assert {n: t.read().tobytes() for n, t in written.items()} == {
+        n: x.tobytes() for n, x in checkpoints.pictures("").items()
+    }
+    model = dataclasses.replace(checkpoints.PICTURES.model, patch=2)
+    params = sharding.unbox(nets.VQGAN(model, 5).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"])
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "recipe.json").write_text((trained[0] / "recipe.json").read_text())
+    image.save(tmp_path / "own" / "image", model, 5, 8, params)
+    with pytest.raises(UserError, match=r"image\.model\.patch = 2: taming's networks have 1"):
+        foreign.send(tmp_path / "own", str(tmp_path / "none"), "hf", say=quiet)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "own"]
+
+
+@pytest.mark.parametrize("told", ["x", "-16", "9" * 4000, "17"])
+def test_a_pictures_size_that_cannot_be_is_not_taken_from_a_file(tmp_path, told):
+    held = {name: mapped.held(x) for name, x in checkpoints.pictures("").items()}
+    safetensor_files.write(tmp_path / "vqgan.safetensors", held, {"resolution": told})
+    with pytest.raises(UserError, match="resolution"):
+        foreign.bring(str(tmp_path / "vqgan.safetensors"), str(tmp_path / "run"), say=quiet)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

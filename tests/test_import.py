@@ -321,9 +321,9 @@ def about(**changes):
 HUGGING = {
     "absurd header": (absurd_header, ("model.safetensors", "claims a header of")),
     "absurd offset": (absurd_offset, ("model.safetensors", NORM, "data_offsets")),
-    "wrong shape": (wrong_shape, (NORM, "(16, 2)", "must be (32,)")),
+    "wrong shape": (wrong_shape, (f"model.safetensors: '{NORM}' has shape (16, 2)", "must be (32,)")),
     "duplicate": (duplicate, ("model.safetensors", NORM, "stands twice")),
-    "integers": (integers, (NORM, "int32")),
+    "integers": (integers, (f"model.safetensors: '{NORM}' is of int32",)),
     "lost": (lost_tensor, (f"no tensor '{NORM}'",)),
     "another tokenizer": (tokenizer(swap), ("tokenizer.json", "config.json gives entry 'a'")),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ("a text tokenizer", "--tokenizer")),
@@ -331,7 +331,7 @@ HUGGING = {
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), ("config.json", "not readable")),
     "another model": (about(model_type="llama"), ("model_type 'llama'", "not known here")),
     "layers": (about(num_hidden_layers=4), ("no tensor 'model.layers.3.",)),
-    "fewer layers": (about(num_hidden_layers=2), ("model.layers.2.", "is no tensor of the model")),
+    "fewer layers": (about(num_hidden_layers=2), ("model.safetensors: 'model.layers.2.", "is no tensor of the model")),
     "other pictures": (about(vq_config={"num_embeddings": 36}), ("vq_config.",)),
 }
 
@@ -359,6 +359,45 @@ def test_a_missing_shard_is_named(tmp_path):
     refused(tmp_path / "hf", tmp_path / "run", (lost.name, "missing"))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"shape": [16, 2]}, "has shape (16, 2), must be (32,)"), ({"dtype": "I32"}, "is of int32")],
+    ids=["wrong shape", "integers"],
+)
+def test_a_wrong_tensor_of_a_shard_is_named_with_the_shard(tmp_path, change, words):
+    checkpoints.hugging_face(tmp_path / "hf", most=60_000)
+    where = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())["weight_map"]
+    rewrite(shard := tmp_path / "hf" / where[NORM], lambda h: h[NORM].update(change))
+    refused(tmp_path / "hf", tmp_path / "run", (f"{shard}: '{NORM}' {words}",))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(torch.ones(3, 3), "has shape (3, 3), must be (32, 32)"), (torch.ones(32, 32).int(), "is of int32")],
+    ids=["wrong shape", "integers"],
+)
+@pytest.mark.parametrize("name", ["layers.1.attention.wo.weight", "layers.1.attention.wq.weight"])
+def test_a_wrong_tensor_of_metas_one_part_is_named_as_meta_names_it(tmp_path, name, change, words):
+    """Anole has one part."""
+    about = checkpoints.settings()
+    tensors = checkpoints.per_process(chameleons.random_tensors(about), about, 1)
+    folder = checkpoints.meta_folder(tmp_path / "meta", tensors, about)
+    path = folder / "models" / "7b" / "consolidated.pth"
+    torch.save(torch.load(path) | {name: change}, path)
+    words = words if "wo" in name or "int32" in words else "has shape (3, 3), must have 32 rows"
+    refused(folder, tmp_path / "run", (f"{path}: ", name, words), resolution=8)
+
+
+def test_a_wrong_tensor_within_metas_fused_ones_is_named_by_what_holds_it(tmp_path):
+    about = checkpoints.settings()
+    tensors = checkpoints.per_process(chameleons.random_tensors(about), about, 1)
+    folder = checkpoints.meta_folder(tmp_path / "meta", tensors, about, fused=True)
+    path = folder / "models" / "7b" / "consolidated.pth"
+    name = "layers.1.attention.wqkv.weight"
+    torch.save(torch.load(path) | {name: torch.ones(96, 3)}, path)
+    refused(folder, tmp_path / "run", (f"{path}: '{name}' (its rows 32 to 64) has shape (32, 3)",), resolution=8)
+
+
 def code(folder):
     path = folder / "models" / "7b" / "consolidated.00.pth"
     torch.save({"tok_embeddings.weight": torch.ones(2), "x": Evil(folder / "ran")}, path)
@@ -370,6 +409,14 @@ def bomb(folder):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in data.items():
             archive.writestr(name, content + b"\0" * 2**22)
+
+
+def same_name_twice(folder):
+    path = folder / "models" / "7b" / "consolidated.01.pth"
+    data = {name: zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in data.items():
+            archive.writestr(name, content.replace(b"layers.0.attention.wo", b"layers.1.attention.wo"))
 
 
 def changed_part(change):
@@ -391,18 +438,33 @@ def told(**changes):
     return spoil
 
 
+def narrow_pictures(folder):
+    path = folder / "tokenizer" / "vqgan.ckpt"
+    state = torch.load(path)["state_dict"]
+    torch.save({"state_dict": state | {"decoder.conv_out.weight": torch.ones(4, 32, 3, 3)}}, path)
+
+
+def wide_parts(folder):
+    for path in sorted((folder / "models" / "7b").glob("*.pth")):
+        torch.save(torch.load(path) | {"layers.1.feed_forward.w1.weight": torch.ones(20, 33)}, path)
+
+
 WO = "layers.1.attention.wo.weight"
 METAS = {
     "code": (code, ("consolidated.00.pth", "would call", "nothing was executed")),
     "zip bomb": (bomb, ("consolidated.01.pth", "compressed")),
     "missing part": (lambda f: (f / "models/7b/consolidated.01.pth").unlink(), ("consolidated.01.pth", "missing")),
     "missing tensor": (changed_part(lambda s: s.pop(WO)), ("consolidated.01.pth", WO)),
+    "a tensor twice": (same_name_twice, ("consolidated.01.pth", f"has '{WO}' twice")),
     "more": (changed_part(lambda s: s.update(extra=torch.ones(1))), ("consolidated.00.pth", "extra")),
     "wrong shape": (changed_part(lambda s: s.update({WO: torch.ones(3, 3)})), ("consolidated.01.pth", WO, "(3, 3)")),
     "another type": (changed_part(lambda s: s.update({WO: s[WO].half()})), ("consolidated.01.pth", WO, "float16")),
     "heads": (told(n_heads=3), ("n_heads = 3",)),
     "no width": (told(dim=None), ("dim = None",)),
     "layers": (told(n_layers=9), ("no tensor 'model.layers.3.",)),
+    "fewer layers": (told(n_layers=2), ("consolidated.00.pth: 'layers.2.", "is no tensor of the model")),
+    "no pictures' width": (narrow_pictures, ("vqgan.ckpt: 'state_dict.decoder.conv_out.weight' has shape (4, 3",)),
+    "all parts too wide": (wide_parts, ("consolidated.00.pth: 'layers.1.feed_forward.w1.weight' (with its 2 parts",)),
     "no norms": (told(qk_normalization=False), ("qk_normalization = False",)),
     "no settings": (lambda f: (f / "models/7b/params.json").unlink(), ("params.json",)),
     "no pictures": (lambda f: (f / "tokenizer/vqgan.ckpt").unlink(), ("an image tokenizer is needed", "--image")),

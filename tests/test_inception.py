@@ -111,10 +111,12 @@ def test_a_file_that_is_not_the_networks_is_refused_with_the_tensors_name(tmp_pa
     files.load(write(tmp_path / "good.safetensors", full | {"Mixed_5b.branch1x1.bn.num_batches_tracked": np.zeros(())}))
     wrong = {
         "no tensor 'Mixed_7c.branch_pool.bn.running_var'": {"Mixed_7c.branch_pool.bn.running_var": None},
-        r"fc.weight has shape \(1000, 2048\), must be \(1008, 2048\); take pt_inception": {
+        r"bad.safetensors: 'fc.weight' has shape \(1000, 2048\), must be \(1008, 2048\); take pt_inception": {
             "fc.weight": np.zeros((1000, 2048), np.float16)
         },
-        r"'AuxLogits.fc.bias' is no tensor of it \(1 such\)": {"AuxLogits.fc.bias": np.zeros(3, np.float16)},
+        r"bad.safetensors: 'AuxLogits.fc.bias' is no tensor of it \(1 such\)": {
+            "AuxLogits.fc.bias": np.zeros(3, np.float16)
+        },
         "fc.bias has numbers that are not finite": {"fc.bias": np.full(1008, np.nan, np.float16)},
     }
     for message, changes in wrong.items():

@@ -278,7 +278,7 @@ def test_what_is_not_as_the_network_has_it_is_refused_by_name(change, message):
 
 def test_whole_numbers_in_place_of_weights_are_refused_by_name():
     state, network, _ = found("taming")
-    with pytest.raises(UserError, match="quant_conv.bias is of int32"):
+    with pytest.raises(UserError, match="'quant_conv.bias' is of int32"):
         vqgan.read(state | {"quant_conv.bias": np.zeros(5, np.int32)}, network)
 
 

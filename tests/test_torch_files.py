@@ -117,6 +117,17 @@ def test_a_checkpoint_of_a_training_becomes_names_with_dots(kind, tmp_path):
 
 
 @both
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_long_and_shared_dicts_with_attributes_have_each_key_once(kind, protocol, tmp_path):
+    """Python writes a thousand pairs at a time, and an ordered dict's own attributes behind them."""
+    state = collections.OrderedDict((f"x{i}", torch.tensor(i)) for i in range(2500))
+    state._metadata = collections.OrderedDict({"": {"version": 1}, "x0": {"version": 2}})
+    found = saved(tmp_path / "a", {"model": state, "ema": state}, kind, pickle_protocol=protocol)
+    assert [found.read(f"{name}.x{i}") for name in ("model", "ema") for i in range(2500)] == 2 * [*range(2500)]
+    assert len(found.found) == 5000 and not found.values
+
+
+@both
 def test_parameters_and_tensors_with_attributes_are_tensors(kind, tmp_path):
     parameter, marked = torch.nn.Parameter(torch.randn(3, 2).bfloat16()), torch.nn.Parameter(torch.randn(2))
     marked.note = "kept by torch"
@@ -251,6 +262,18 @@ MALICE = {
         b"}" + b")" + b"\x85" * 20_000 + b"K\1s.",
         "has a key of type tuple that is not plain",
     ),
+    "a key twice, one by one": (b"}" + (text("wq") + b"K\1s") * 2 + b".", "has 'wq' twice"),
+    "a key twice, all at once": (b"}(" + (text("wq") + b"K\1") * 2 + b"u.", "has 'wq' twice"),
+    "a key twice in a whole dict": (b"(" + (text("wq") + b"K\1") * 2 + b"d.", "has 'wq' twice"),
+    "a key twice in an ordered dict": (
+        b"ccollections\nOrderedDict\n]" + (text("wq") + b"K\1\x86a") * 2 + b"\x85R.",
+        "has 'wq' twice",
+    ),
+    "a key twice, given and added": (
+        b"ccollections\nOrderedDict\n]" + text("wq") + b"K\1\x86a\x85R" + text("wq") + b"K\2s.",
+        "has 'wq' twice",
+    ),
+    "a long key twice": (b"}" + (text("w" * 10**5) + b"K\1s") * 2 + b".", "has 'wwww"),
     "a list as key": (b"}]K\1s.", "has a key of type list that is not plain"),
     "a long text copied again and again": (
         b"X"

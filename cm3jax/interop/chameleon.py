@@ -242,11 +242,13 @@ def compare(tensors: Tensors, wanted: dict[str, Leaf], where: str = "Chameleon")
     mapped.fit(tensors, shapes, where, " by its config.json")
     if "head" not in wanted and NAMES["head"] in tensors:  # written out beside what it is tied to
         if not np.array_equal(tensors[NAMES["head"]][:], tensors[NAMES["table"]][:]):
-            raise UserError(f"{where}: {NAMES['head']} is not {NAMES['table']}; set tie_word_embeddings to false")
+            called = mapped.called(tensors, NAMES["head"], where)
+            raise UserError(f"{called} is not {NAMES['table']}; set tie_word_embeddings to false")
         shapes[NAMES["head"]] = ()
     extra = sorted(n for n in set(tensors) - set(shapes) if not (n.startswith(IMAGE) or NOT_WEIGHTS.fullmatch(n)))
     if extra:
-        raise UserError(f"{where}: {extra[0]} is no tensor of the model in its config.json ({len(extra)} such)")
+        called = mapped.called(tensors, extra[0], where)
+        raise UserError(f"{called} is no tensor of the model in its config.json ({len(extra)} such)")
 
 
 def read(

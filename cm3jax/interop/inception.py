@@ -82,4 +82,6 @@ def compare(found: mapped.Tensors, shapes: dict[str, tuple[int, ...]]) -> None:
     where = f"Inception weights {str(found.path)!r}"
     mapped.fit(found.found, shapes, where, fix=f"; {WANTED}")
     if extra := sorted(name for name in set(found.found) - set(shapes) if not NOT_WEIGHTS.fullmatch(name)):
-        raise UserError(f"{where}: {mapped.short(extra[0])} is no tensor of it ({len(extra)} such); {WANTED}")
+        raise UserError(
+            f"{mapped.called(found.found, extra[0], where)} is no tensor of it ({len(extra)} such); {WANTED}"
+        )

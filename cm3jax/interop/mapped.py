@@ -24,11 +24,16 @@ SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlist, SHORT.maxtuple =
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor, not yet read."""
+    """One tensor, not yet read.
+
+    Attributes:
+      origin: The file and the tensor as the file calls it, for errors; "" of what is in memory.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    origin: str = ""
 
     @property
     def size(self) -> int:
@@ -97,6 +102,16 @@ def pages(path: pathlib.Path, start: int, size: int) -> np.ndarray:
         raise UserError(f"{path}: bytes {start:,} to {start + size:,} can no longer be read ({e})") from None
 
 
+def origin(path: pathlib.Path, name: str) -> str:
+    """Return what to call a file's tensor."""
+    return f"{path}: {short(name)}"
+
+
+def called(tensors: Mapping[str, Any], name: str, where: str) -> str:
+    """Return what to call a tensor in errors: what its file calls it, of others where they are and their name."""
+    return getattr(tensors[name], "origin", "") or f"{where}: {short(name)}"
+
+
 def fit(
     tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str, why: str = "", fix: str = ""
 ) -> None:
@@ -111,7 +126,7 @@ def fit(
         if name not in tensors:
             raise UserError(f"{where}: no tensor {name!r}{fix}")
         if (found := tuple(tensors[name].shape)) != shape:
-            raise UserError(f"{where}: {name} has shape {found}, must be {shape}{why}{fix}")
+            raise UserError(f"{called(tensors, name, where)} has shape {found}, must be {shape}{why}{fix}")
 
 
 def counts(values: Any) -> bool:

@@ -215,7 +215,8 @@ def _split(shard: mapped.Tensors, shape: Shape) -> dict[str, mapped.Tensor]:
 
 
 def _rows(tensor: mapped.Tensor, first: int, count: int) -> mapped.Tensor:
-    return mapped.Tensor((count, *tensor.shape[1:]), tensor.dtype, lambda: tensor[first : first + count])
+    origin = f"{tensor.origin} (its rows {first:,} to {first + count:,})"
+    return mapped.Tensor((count, *tensor.shape[1:]), tensor.dtype, lambda: tensor[first : first + count], origin)
 
 
 class _Latest:
@@ -255,7 +256,7 @@ def _made(
                 f"{path}: {name} has shape {parts[0].shape}, must have {heads * shape.width} rows in all parts"
             )
         make = lambda: halved(whole.read(), heads)  # noqa: E731
-        return f"{layer}self_attn.{turned[1]}_proj.weight", mapped.Tensor(whole.shape, whole.dtype, make)
+        return f"{layer}self_attn.{turned[1]}_proj.weight", dataclasses.replace(whole, read=make)
     if normed := re.fullmatch(r"attention\.([qk])_normalization\.(weight|bias)", rest):
         heads = (shape.heads if normed[1] == "q" else shape.groups) // shape.shards
         if any(part.shape != (shape.width,) for part in parts):
@@ -263,7 +264,7 @@ def _made(
         make = lambda: np.repeat(np.stack([halved(part.read(), 1) for part in parts]), heads, 0)  # noqa: E731
         return (
             f"{layer}self_attn.{normed[1]}_norm.{normed[2]}",
-            mapped.Tensor((heads * shape.shards, shape.width), parts[0].dtype, make),
+            mapped.Tensor((heads * shape.shards, shape.width), parts[0].dtype, make, _together(parts)),
         )
     raise UserError(f"{path}: {name} is no tensor of Chameleon's")
 
@@ -274,10 +275,15 @@ def _joined(name: str, parts: list[mapped.Tensor], axis: int | None, latest: _La
     if len(parts) == 1:
         return first
     if axis is None:
-        return mapped.Tensor(first.shape, first.dtype, lambda: _mean([part.read() for part in parts]))
+        return dataclasses.replace(first, read=lambda: _mean([part.read() for part in parts]))
     shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(first.shape))
     make = lambda: latest.get(name, lambda: np.concatenate([part.read() for part in parts], axis))  # noqa: E731
-    return mapped.Tensor(shape, first.dtype, make)
+    return mapped.Tensor(shape, first.dtype, make, _together(parts))
+
+
+def _together(parts: list[mapped.Tensor]) -> str:
+    """Return what to call a tensor that is made of parts."""
+    return parts[0].origin + (f" (with its {len(parts)} parts put together)" if len(parts) > 1 else "")
 
 
 def _mean(copies: list[np.ndarray]) -> np.ndarray:

@@ -10,6 +10,8 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
+from cm3jax.interop import mapped
+
 MOST_BITS = 128
 """Of a whole number; no pickle of weights needs more, and longer ones take Python long to print."""
 MOST_COPIED = 2**23
@@ -164,10 +166,10 @@ def _gather(m: Machine, name: str, argument: Any) -> None:
         _top(m, list).extend(items)
     elif name == "DICT":
         items = m.marked()
-        m.stack.append(paired(zip(items[::2], items[1::2], strict=True)))
+        m.stack.append(paired({}, zip(items[::2], items[1::2], strict=True)))
     elif name in ("SETITEM", "SETITEMS"):
         items = m.take(2) if name == "SETITEM" else m.marked()
-        _top(m, dict).update(paired(zip(items[::2], items[1::2], strict=True)))
+        paired(_top(m, dict), zip(items[::2], items[1::2], strict=True))
     elif name == "ADDITEMS":
         items = m.marked()
         _top(m, set).update(map(key, items))
@@ -213,6 +215,10 @@ def key(thing: Any) -> Any:
     return thing
 
 
-def paired(pairs) -> dict[Any, Any]:
-    """Return a dict of pairs, of which a later one replaces an earlier one."""
-    return {key(k): value for k, value in pairs}
+def paired(found: dict[Any, Any], pairs) -> dict[Any, Any]:
+    """Return a dict to which pairs were added; what Python wrote has no key twice, and none says which would count."""
+    for k, value in pairs:
+        if key(k) in found:
+            raise Refused(f"has {mapped.short(k):.200} twice")
+        found[k] = value
+    return found

@@ -14,6 +14,33 @@ Names are those of the parameters in `cm3jax.nn`, with dots; a layer's number st
     layers.0.mlp.{gate,up,down}.w          gate only of swiglu
     norm.scale, layers.0.{attention_norm,mlp_norm}.scale       of rmsnorm; layernorm has no parameters
 
+Of image/ and retriever/, names have slashes, all is float32, and config.json tells the sizes. Of image/, kernels are
+[h, w, in, out], each with a bias [out] beside it; z is a code's dimension; level0 is the full resolution, of the
+decoder too. Chameleon's own has no decoder/ and no last/:
+
+    codebook  [codes, z]
+    encoder/first/{kernel,bias}, encoder/last/{kernel,bias}      from the picture, to the latents
+    decoder/first/{kernel,bias}, last/{kernel,bias}              from the latents, to the picture
+    to_code/{kernel,bias}, from_code/{kernel,bias}               between latents and codes
+    scores/{kernel,bias}                                         of each code, if quantizer is "argmax"
+    {encoder,decoder}/level0/block0/{conv1,conv2}/{kernel,bias}
+    {encoder,decoder}/level0/block0/{norm1,norm2}/GroupNorm_0/{scale,bias}
+    {encoder,decoder}/level0/block0/shortcut/{kernel,bias}       if it changes the channels
+    {encoder,decoder}/level0/attention0/{query,key,value,out}/{kernel,bias}
+    {encoder,decoder}/level0/attention0/norm/GroupNorm_0/{scale,bias}
+    {encoder,decoder}/middle/{block0,attention,block1}/...       as in a level
+    {encoder,decoder}/norm/GroupNorm_0/{scale,bias}              before the last convolution
+    encoder/down0/{kernel,bias}, decoder/up1/{kernel,bias}       behind the level of that number
+
+Of retriever/, layers stand in one array, [layers, ...], matrices are [in, out] and d is a tower's width:
+
+    logit_scale                                       []
+    text/table  [vocab, d]        vision/patches  [3 patch**2, d], of rows, columns, colours     vision/first  [d]
+    {text,vision}/positions       {text,vision}/projection  [d, size]
+    {text,vision}/norm/{scale,bias}, vision/first_norm/{scale,bias}
+    {text,vision}/layers/{q,k,v,out,up,down}/{matrix/w,b}
+    {text,vision}/layers/{attention_norm,mlp_norm}/{scale,bias}
+
 To read them without cm3jax:
 
     import json, pathlib, safetensors.numpy
@@ -66,7 +93,8 @@ def compare(tensors: Mapping[str, mapped.Tensor], wanted: dict[str, chameleon.Le
     shapes = {name: leaf.theirs for leaf in wanted.values() for name in leaf.names}
     mapped.fit(tensors, shapes, where, " by its config.json")
     if extra := sorted(set(tensors) - set(shapes)):
-        raise UserError(f"{where}: {mapped.short(extra[0])} is no tensor of this decoder ({len(extra)} such)")
+        called = mapped.called(tensors, extra[0], where)
+        raise UserError(f"{called} is no tensor of this decoder ({len(extra)} such)")
 
 
 def tensors(ours: Mapping[str, mapped.Tensor], made: configs.Recipe, dtype: Any = None) -> dict[str, mapped.Tensor]:

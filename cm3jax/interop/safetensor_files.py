@@ -64,7 +64,7 @@ def open(path) -> mapped.Tensors:
         raise UserError(f"{path}: {METADATA} is {mapped.short(metadata)}, must be an object; {AGAIN}")
     ends = {name: _checked(path, name, entry, size) for name, entry in header.items()}
     _tiled(path, ends, size)
-    found = {name: _tensor(path, start, entry) for name, entry in header.items()}
+    found = {name: _tensor(path, name, start, entry) for name, entry in header.items()}
     return mapped.Tensors(path, "safetensors", (path,), found, metadata)
 
 
@@ -127,11 +127,10 @@ def _tiled(path: pathlib.Path, ends: dict[str, tuple[int, int]], size: int) -> N
         raise UserError(f"{path}: its last {size - at:,} bytes are no tensor's; {AGAIN}")
 
 
-def _tensor(path: pathlib.Path, start: int, entry: dict[str, Any]) -> mapped.Tensor:
+def _tensor(path: pathlib.Path, name: str, start: int, entry: dict[str, Any]) -> mapped.Tensor:
     dtype, shape, (first, last) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    return mapped.Tensor(
-        shape, dtype, lambda: mapped.pages(path, start + first, last - first).view(dtype).reshape(shape)
-    )
+    read = lambda: mapped.pages(path, start + first, last - first).view(dtype).reshape(shape)  # noqa: E731
+    return mapped.Tensor(shape, dtype, read, mapped.origin(path, name))
 
 
 # ----------------------------------------------------------------------------------------------------------------- out

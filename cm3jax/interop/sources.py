@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 from typing import Any
 
-from cm3jax.interop import chameleon, mapped, meta, safetensor_files, tensors
+from cm3jax.interop import chameleon, mapped, meta, safetensor_files, tensors, vqgan
 from cm3jax.tokenizers import text
 from cm3jax.types import UserError
 
@@ -88,7 +89,7 @@ def open(path, tokenizer: str = "", image: str = "") -> Source:
     if meta.TABLE in names:
         raise UserError(f"{path}: one part of Meta's layout; give the folder that holds it, params.json and tokenizer")
     if is_image(names) and chameleon.NAMES["table"] not in names:
-        return Source(path, "image", "image tokenizer", found.files, image=found.found)
+        return Source(path, "image", "image tokenizer", found.files, image=found.found, about=_side(found.values))
     if chameleon.NAMES["table"] in names and "model_type" not in about:
         raise UserError(f"{path}: a language model without a {CONFIG} that says its model_type; fetch that file too")
     what = f"model_type {about['model_type']!r}" if "model_type" in about else f"tensors such as {sorted(names)[:1]}"
@@ -201,6 +202,12 @@ def _image(path: pathlib.Path) -> mapped.Tensors:
     return found[0]
 
 
+def _side(values: dict[str, Any]) -> dict[str, int]:
+    """Return the pixels of a side that a file's metadata tells of an image tokenizer, {} if it does not."""
+    told = values.get(vqgan.RESOLUTION)
+    return {vqgan.RESOLUTION: int(told)} if isinstance(told, str) and re.fullmatch("[0-9]{1,5}", told) else {}
+
+
 def _holds(path: pathlib.Path, name: str) -> bool:
     """Return whether a file of torch.save has a tensor of this name."""
     return tensors.recognised(path) == "torch" and name in tensors.open(path).found
@@ -244,4 +251,5 @@ def floating(found: dict[str, mapped.Tensor], path: pathlib.Path) -> None:
     """Raise a UserError that names the first tensor whose numbers are no plain weights."""
     for name, tensor in found.items():
         if safetensor_files.NAMES.get(tensor.dtype) not in ("F32", "F16", "BF16"):
-            raise UserError(f"{path}: {name} is of {tensor.dtype}: weights must be float32, float16 or bfloat16")
+            called = mapped.called(found, name, str(path))
+            raise UserError(f"{called} is of {tensor.dtype}: weights must be float32, float16 or bfloat16")

@@ -287,7 +287,7 @@ def _with_attributes(function, kind, arguments, state) -> Any:
 
 
 def _items(pairs=()) -> dict[Any, Any]:
-    return pickles.paired(pairs.items() if isinstance(pairs, dict) else pairs)
+    return pickles.paired({}, pairs.items() if isinstance(pairs, dict) else pairs)
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
@@ -374,7 +374,8 @@ def _tensor(path: pathlib.Path, name: str, claim: Claim, places: Places) -> mapp
             f" its storage; {AGAIN}"
         )
     first, end = start + claim.offset * dtype.itemsize, start + (last + 1) * dtype.itemsize
-    return mapped.Tensor(shape, dtype, lambda: _view(path, first, end - first, dtype, shape, stride))
+    read = lambda: _view(path, first, end - first, dtype, shape, stride)  # noqa: E731
+    return mapped.Tensor(shape, dtype, read, mapped.origin(path, name))
 
 
 def _view(path, start: int, size: int, dtype: np.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:

@@ -56,6 +56,8 @@ LEFT = re.compile(
 )
 """Tensors in published files that are no part of the tokenizer."""
 
+FILE, RESOLUTION = "vqgan.safetensors", "resolution"
+"""What an export writes, and the pixels of a side in its metadata."""
 GROUPS, KERNEL = 32, 3
 COMMON = {"patch": 1, "encoder_kernel": KERNEL, "groups": GROUPS, "middle": True, "l2_normalise": False}
 FIELDS = {
@@ -215,7 +217,8 @@ def _sizes(tensors: Tensors, prefix: str, form: str, where: str) -> tuple[config
             raise UserError(f"{where}: no tensor {prefix + name!r}")
         found = tuple(tensors[prefix + name].shape)
         if len(found) != dimensions or 0 in found:
-            raise UserError(f"{where}: {prefix}{name} has shape {found}, must have {dimensions} dimensions above 0")
+            called = mapped.called(tensors, prefix + name, where)
+            raise UserError(f"{called} has shape {found}, must have {dimensions} dimensions above 0")
         return found
 
     level, block = ("down", "block") if form == "taming" else ("conv_blocks", "res")
@@ -380,7 +383,8 @@ def compare(tensors: Tensors, network: Network, where: str = "image tokenizer") 
     others = sorted(name for name in set(tensors) - set(shapes) if name.startswith(scope))
     left = [name for name in others if LEFT.fullmatch(name) or (network.prefix == "ema." and name.startswith("model."))]
     if extra := sorted(set(others) - set(left)):
-        raise UserError(f"{where}: {mapped.short(extra[0])} is no tensor of this image tokenizer ({len(extra)} such)")
+        called = mapped.called(tensors, extra[0], where)
+        raise UserError(f"{called} is no tensor of this image tokenizer ({len(extra)} such)")
     return tuple(left)
 
 
@@ -399,7 +403,7 @@ def read(tensors: Tensors, network: Network, dtype: Any = np.float32, where: str
         tensor = tensors[leaf.name]
         x = tensor.read() if isinstance(tensor, mapped.Tensor) else np.asarray(tensor)
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise UserError(f"{where}: {leaf.name} is of {x.dtype}, must be of floating numbers")
+            raise UserError(f"{mapped.called(tensors, leaf.name, where)} is of {x.dtype}, must be of floating numbers")
         found[path] = np.ascontiguousarray(x.transpose(2, 3, 1, 0) if x.ndim == 4 else x, dtype or x.dtype)
     return flax.traverse_util.unflatten_dict(found, sep="/")
 

@@ -108,7 +108,7 @@ def load(folder) -> tuple[configs.CLIP, dict[str, Any]]:
 
 
 def read(folder: pathlib.Path, file) -> tuple[configs.CLIP, dict[str, Any]]:
-    """Return what `load` does, of an open file: safetensors', or what has its keys, get_slice and get_tensor."""
+    """Return what `load` does, of an open file: safetensors', or what has its keys, get_slice, get_tensor and path."""
     model, wanted = _checked(folder, file)
     found = {}
     for path, layers in wanted.items():
@@ -131,10 +131,11 @@ def sizes(folder: pathlib.Path, file) -> configs.CLIP:
 
 def _checked(folder: pathlib.Path, file):
     """Return the network whose tensors an open file holds, and where each of our arrays comes from."""
-    names = _layout(folder / FILE, set(file.keys()))
-    model, rows = _sizes(folder, file, names)
+    path = getattr(file, "path", folder / FILE)
+    names = _layout(path, set(file.keys()))
+    model, rows = _sizes(path, file, names)
     wanted = sources(model, rows, names)
-    _compare(folder / FILE, file, wanted)
+    _compare(path, file, wanted)
     return model, wanted
 
 
@@ -244,9 +245,9 @@ def _layout(path: pathlib.Path, names: set[str]) -> dict[str, str]:
     raise UserError(f"CLIP weights {str(path)!r}: no tensor {HUGGING_FACE['vision/first']!r}, nor OpenAI's name of it")
 
 
-def _sizes(folder: pathlib.Path, file, names: dict[str, str]) -> tuple[configs.CLIP, int]:
+def _sizes(path: pathlib.Path, file, names: dict[str, str]) -> tuple[configs.CLIP, int]:
     """Return the network as the tensors' shapes tell it, and the rows of its text table."""
-    path, present = folder / FILE, set(file.keys())
+    present = set(file.keys())
 
     def shape(name: str, dimensions: int) -> list[int]:
         if names[name] not in present:
@@ -267,7 +268,7 @@ def _sizes(folder: pathlib.Path, file, names: dict[str, str]) -> tuple[configs.C
     side = math.isqrt(shape("vision/positions", 2)[0] - 1)
     size = shape("text/projection", 2)[0 if names is HUGGING_FACE else 1]
     if names is HUGGING_FACE:
-        heads, activation = _told(folder / CONFIG)
+        heads, activation = _told(path.parent / CONFIG)
     else:
         heads, activation = {"text_heads": text_width // HEAD, "vision_heads": width // HEAD}, ACTIVATION
     sizes = {
