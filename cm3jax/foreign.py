@@ -400,6 +400,7 @@ def _hugging_face(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, s
     tokenizer, model = text.load(run / "text"), recipe.decoder.model
     if isinstance(tokenizer, text.Published):
         words = _with_image(json.loads(tokenizer.path.read_text(encoding="utf-8")))
+        words["truncation"] = None  # as `text.load` has it; transformers' processor would cut pictures short by it
         order = chameleon_vocab.load(run / "text" / text.ORDER)
     else:
         words, order = pieces.document(tokenizer, recipe.vocab), chameleon_vocab.own(recipe.vocab)
@@ -416,10 +417,14 @@ def _hugging_face(run: pathlib.Path, recipe: config.Recipe, out: pathlib.Path, s
     if not dtype and origin.get("config", {}).get("dtype", origin.get("config", {}).get("torch_dtype")):
         about["dtype"] = origin["config"].get("dtype", origin["config"].get("torch_dtype"))
     files = safetensor_files.save(out, tensors, {"format": "pt"})
+    # its processor has no ends of rows, and needs the entries that only a released tokenizer has
+    released = recipe.form.plain == "chameleon" and chameleon_vocab.IMAGE in names
+    codes = pictures.grid[0] * pictures.grid[1]
     for name, content in {
         "config.json": about,
         "generation_config.json": {key: about[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "tokenizer_config.json": _tokenizer_config(names, about),
+        **(chameleon.processing(pictures.resolution, codes) if released else {}),
     }.items():
         stages.write_text(out / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return sorted([path.name for path in files] + ["config.json", "tokenizer.json"])

@@ -1,9 +1,13 @@
 """Laws of whose id is whose."""
 
+import json
+
 import chameleons
+import checkpoints
 import numpy as np
 import pytest
 
+from cm3jax import foreign
 from cm3jax import vocab as vocabulary
 from cm3jax.interop import chameleon_vocab
 from cm3jax.types import UserError
@@ -107,3 +111,42 @@ def test_an_order_that_is_none_is_refused(tmp_path, text):
 def test_a_missing_order_is_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         chameleon_vocab.load(tmp_path / "order.json")
+
+
+# -------------------------------------------------------------------------------------------------- beside Meta's files
+
+
+def one_code_fewer(path):
+    """Take the highest code's entry out of a tokenizer.json."""
+    words = json.loads(path.read_text())
+    gone = chameleon_vocab.spelt(chameleons.CODES - 1)
+    del words["model"]["vocab"][gone]
+    words["added_tokens"] = [entry for entry in words["added_tokens"] if entry["content"] != gone]
+    path.write_text(json.dumps(words))
+
+
+def an_entry_beyond(path):
+    words = json.loads(path.read_text())
+    words["model"]["vocab"]["far"] = chameleons.ROWS_WITH_BYTES
+    path.write_text(json.dumps(words))
+
+
+METAS = {
+    "one code fewer": (
+        one_code_fewer,
+        r"image tokenizer has 37 codes, its text tokenizer .*text_tokenizer\.json entries for 36",
+    ),
+    "an entry beyond": (an_entry_beyond, r"text_tokenizer\.json: entry 'far' has the id 352: must be from 0 to 351"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), METAS.values(), ids=METAS)
+def test_a_tokenizer_of_another_model_beside_metas_files_is_refused_by_its_name(tmp_path, spoil, words):
+    about = checkpoints.settings()
+    tensors = checkpoints.per_process(chameleons.random_tensors(about), about, 2)
+    folder = checkpoints.meta_folder(tmp_path / "meta", tensors, about, 2)
+    spoil(folder / "tokenizer" / "text_tokenizer.json")
+    with pytest.raises(UserError, match=words) as e:
+        foreign.bring(str(folder), str(tmp_path / "run"), resolution=8, say=lambda line: None)
+    assert "\n" not in str(e.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"], "nothing is written"

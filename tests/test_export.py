@@ -18,6 +18,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import vqgans
+from PIL import Image
 
 from cm3jax import checkpoint, cli, config, foreign, sharding
 from cm3jax.interop import (
@@ -34,9 +35,10 @@ from cm3jax.interop import (
 )
 from cm3jax.nn import clip, decoder
 from cm3jax.nn import vqgan as nets
+from cm3jax.objectives import vqgan as objective
 from cm3jax.tokenizers import document, image, text
 from cm3jax.types import UserError
-from cm3jax.vocab import Vocab
+from cm3jax.vocab import BREAK, EOSS, Vocab
 
 
 def quiet(line):
@@ -71,9 +73,38 @@ def test_hugging_faces_files_come_back_bit_for_bit(tmp_path, kind):
     foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), say=quiet)
     first, second = (checkpoint.load_params(tmp_path / name / "decoder") for name in ("run", "again"))
     assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
-    files = ("recipe.json", "text/order.json", "image/weights.safetensors")
-    for name in files[1:]:
+    run, again = (config.load(tmp_path / name / "recipe.json") for name in ("run", "again"))
+    assert dataclasses.replace(again, name="run") == run
+    for name in ("text/order.json", "image/weights.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_transformers_processor_of_an_exported_folder_says_what_we_do(tmp_path, layout):
+    import transformers
+
+    about = checkpoints.settings()
+    tensors = checkpoints.per_process(chameleons.random_tensors(about), about, 1)
+    if layout == "hf":
+        checkpoints.hugging_face(tmp_path / "hf", about, tensors)
+    else:
+        checkpoints.meta_folder(tmp_path / "meta", tensors, about)
+    foreign.bring(str(tmp_path / layout), str(tmp_path / "run"), resolution=8, say=quiet)
+    foreign.send(tmp_path / "run", str(tmp_path / "out"), "hf", say=quiet)
+    processor = transformers.ChameleonProcessor.from_pretrained(tmp_path / "out")
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    found = processor(images=Image.fromarray(picture), text="a cat<image>", return_tensors="np")
+    seen = np.moveaxis(np.asarray(objective.to_unit(jnp.asarray(picture)[None])), -1, 1)
+    np.testing.assert_allclose(found["pixel_values"], seen, atol=1e-6)
+    tokenizer, order = text.load(tmp_path / "run" / "text"), chameleon_vocab.load(tmp_path / "run/text/order.json")
+    recipe = config.load(tmp_path / "run" / "recipe.json")
+    before, ids = document.text_ids("a cat", tokenizer, recipe.vocab).tolist(), found["input_ids"][0]
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    marks = [BREAK, *[order.ours[image_id]] * 16, EOSS, recipe.form.turn]
+    assert order.ours[ids].tolist() == [*before, *marks]
+    other = Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 33, 3), np.uint8))
+    assert processor(images=other, text="<image>", return_tensors="np")["pixel_values"].shape == (1, 3, 8, 8)
 
 
 def test_metas_model_becomes_hugging_faces(tmp_path):

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
 import os
 
+import chameleons
+import checkpoints
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import pytest
 
+from cm3jax import checkpoint, cli, foreign, sharding
 from cm3jax import config as configs
-from cm3jax import sharding
 from cm3jax.config import Decoder, DecoderStage, Mesh, Packing, Recipe, Training
 from cm3jax.plan import compiler, costs, environment, estimate, programs, sampling, slices, table, training
 from cm3jax.types import UserError
@@ -209,6 +213,29 @@ def test_prefill_and_decode_are_compiled_for_a_slice():
     plan = sampling.plan(SMALL, TARGET, 8)
     assert plan.fits and plan.tokens == 8 * 64
     assert list(plan.to_json()) == KEYS
-    assert "512 codes drawn" in table.text(plan)
+    assert "512 ids drawn" in table.text(plan)
     half = sampling.plan(SMALL, TARGET, 8, "bfloat16")
     assert half.fits and plan.state == 2 * half.state and half.total < plan.total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lumina", [False, True], ids=["chameleon", "lumina"])
+def test_drawing_with_an_imported_model_is_compiled_for_a_slice(lumina, tmp_path, capsys):
+    about = checkpoints.settings(dtype="bfloat16", num_key_value_heads=2, swin_norm=True)
+    checkpoints.hugging_face(tmp_path / "hf", about, chameleons.random_tensors(about, ml_dtypes.bfloat16))
+    run = foreign.bring(str(tmp_path / "hf"), str(tmp_path / "run"), say=lambda line: None)
+    recipe = configs.load(run / "recipe.json")
+    if lumina:  # a row of four codes has an end
+        form = dataclasses.replace(recipe.form, grid=4, side=recipe.form.turn - 1, line=recipe.form.turn - 2)
+        recipe = dataclasses.replace(recipe, form=form)
+    plan = sampling.plan(recipe, TARGET, 8, "bfloat16")
+    assert plan.fits and plan.tokens == 8 * (20 if lumina else 16)
+    stored = checkpoint.open_params(run / "decoder")
+    assert plan.params == sum(math.prod(x.shape) for x in stored.values())
+    assert {x.dtype.name for x in stored.values()} == {"bfloat16"}
+    if not lumina:  # and the verb finds the recipe in the run's folder
+        words = f"--topology v5e-4 --for sample --rows 8 --dtype {recipe.decoder.model.dtype} --json"
+        capsys.readouterr()
+        assert cli.main(["plan", str(run), *words.split()]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["params"] == plan.params and found["hbm"] == plan.to_json()["hbm"]

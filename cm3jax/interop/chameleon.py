@@ -213,6 +213,30 @@ def settings(model: configs.Decoder, rows: int, length: int, names: dict[str, in
     }
 
 
+def processing(side: int, codes: int) -> dict[str, dict[str, Any]]:
+    """Return the files of transformers' ChameleonProcessor: by name, for square pictures of a side and so many codes.
+
+    Published files round the factor, 2/255, to 0.0078; this one gives what our encoder sees.
+    """
+    pictures = {
+        "image_processor_type": "ChameleonImageProcessor",
+        "processor_class": "ChameleonProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "resample": 1,  # Pillow's Lanczos, as in data.pictures
+        "rescale_factor": 2 / 255,
+        "image_mean": [1.0] * 3,
+        "image_std": [1.0] * 3,
+        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+    }
+    whole = {
+        "processor_class": "ChameleonProcessor",
+        "image_seq_length": codes,
+        "image_token": chameleon_vocab.IMAGE,
+    }
+    return {"preprocessor_config.json": pictures, "processor_config.json": whole}
+
+
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 

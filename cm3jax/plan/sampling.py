@@ -39,7 +39,7 @@ def plan(recipe: Recipe, target: slices.Slice, rows: int = 0, dtype: str = "floa
     rows = rows or data
     if rows % data:
         raise UserError(f"--rows {rows}: not a multiple of the {data} chips that share the rows; change it or the mesh")
-    codes = (recipe.prepare.resolution // recipe.image.model.factor) ** 2
+    codes = (recipe.prepare.resolution // recipe.image.model.factor) ** 2 + recipe.form.grid  # and the ends of its rows
     cache = _cache_bytes(recipe, rows, PROMPT - 1 + codes) / (data * mesh.shape["tensor"])
     known = Plan(
         target=target,

@@ -56,7 +56,7 @@ def _program(plan: Plan, drawing: bool) -> str:
     )
     lines = [
         f"{plan.params:,} parameters; mesh {mesh}",
-        f"{plan.tokens:,} codes drawn" if drawing else f"{batch}; attention {model.attention}, remat {model.remat}",
+        f"{plan.tokens:,} ids drawn" if drawing else f"{batch}; attention {model.attention}, remat {model.remat}",
     ]
     return "\n".join(lines) + (f"; compiled in {plan.compile_seconds:.0f} s" if plan.compile_seconds else "")
 
