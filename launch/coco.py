@@ -16,9 +16,9 @@ What a prompt draws follows from (--seed, its number), whatever the shard, the b
 drawn again: the same command continues. Hosts share the work on one disk with --part I --parts N; the command of the
 last one to end scores.
 
-What it costs: 30,000 x 8 x 3 pictures; the seconds of a batch of them on a slice are those of
+What it costs: 30,000 x 8 x 3 pictures; the seconds of a batch of them on the chips of one host are those of
 
-    cm3jax plan RUN --for sample --topology v5e-64 --rows 512
+    cm3jax plan RUN --for sample --topology v5e-8 --rows 64
 
 for prompts without documents; each document makes a prompt about 1,034 tokens longer.
 """

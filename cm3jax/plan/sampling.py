@@ -30,9 +30,11 @@ def plan(recipe: Recipe, target: slices.Slice, rows: int = 0, dtype: str = "floa
     Raises:
       UserError: if the slice is not known, or the rows or the model do not divide over it.
     """
+    if target.count > 1:
+        raise UserError(f"--slices {target.count}: drawing takes the chips of one host; leave it out")
     devices, memory = compiler.devices(target), round(target.chip.hbm_gib * GIB)
     stage = lm.resolve(recipe.decoder, devices[0])
-    asked = layout.mesh(recipe, len(devices) // sharding.slices(devices), memory)
+    asked = layout.mesh(recipe, len(devices), memory)
     mesh, model = sharding.mesh(asked, devices), lm.model(stage, recipe.vocab)
     params = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), layout.abstract(model, mesh))
     data = mesh.shape["replica"] * mesh.shape["fsdp"]

@@ -27,7 +27,10 @@ def training(recipe: Recipe, topology: str, count: int, search: bool, as_json: b
 
 def sampling(recipe: Recipe, topology: str, count: int, rows: int, dtype: str, as_json: bool) -> int:
     """Plan drawing a batch of pictures and print it; return 0 if it fits, 1 if not."""
-    plan = drawing.plan(recipe, slices.parse(topology, count), rows, dtype)
+    target = slices.parse(topology, count)
+    plan = drawing.plan(recipe, target, rows, dtype)
+    if target.chips > slices.HOST:
+        print(f"plan: drawing takes the chips of one host, which has at most {slices.HOST}", file=sys.stderr)
     print(json.dumps(plan.to_json()) if as_json else table.text(plan))
     return 0 if plan.fits else 1
 

@@ -126,6 +126,10 @@ ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e"}
 FORMS = "v5e-256, v5e:16x16, or both as v5e-256=v5e:16x16"
 
 
+HOST = 8
+"""Chips of a host at most, of all families (v5e and v6e; the others have 4)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """`count` equal slices, joined by the data-center network."""
