@@ -1,11 +1,8 @@
 """Published CLIP weights: Hugging Face's and OpenAI's names in a safetensors file -> our parameters, and back.
 
 Sizes are read from the tensors. What they do not tell, heads and activation, stands in Hugging Face's config.json; all
-of OpenAI's towers have heads of 64 and quick_gelu. OpenAI's own files are torch archives; where torch is at hand:
-
-    import safetensors.torch, torch
-    weights = torch.jit.load("ViT-B-32.pt", map_location="cpu").state_dict()
-    safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, "model.safetensors")
+of OpenAI's towers have heads of 64 and quick_gelu. OpenAI's own files are TorchScript: `cm3jax import ViT-B-32.pt RUN`
+reads them as they are, with the tokenizer's files beside them, and makes RUN/retriever/.
 """
 
 import json
