@@ -440,11 +440,12 @@ def test_any_bytes_give_plain_things_or_a_refusal(data):
 @hypothesis.settings(max_examples=300)
 def test_any_instructions_give_plain_things_or_a_refusal(opcodes, random):
     data = b"".join(o.code.encode("latin1") + (bytes([random.randrange(4)]) * 4 if o.arg else b"") for o in opcodes)
-    start = b"K\1" + text("os") + b"(" + b"cos\nsystem\n)}]"
-    try:
-        pickles.load(io.BytesIO(start + data + b"."), torch_files.CALLS, torch_files._persistent)
-    except pickles.Refused as e:
-        assert len(str(e)) < 600
+    start = b"K\1" + text("os") + b"(" + b"c__torch__\nA\n)\x81cos\nsystem\n)}]"
+    for plain in (lambda kind: False, torch_files._of_the_program):
+        try:
+            pickles.load(io.BytesIO(start + data + b"."), torch_files.CALLS, torch_files._persistent, plain)
+        except pickles.Refused as e:
+            assert len(str(e)) < 600
 
 
 def test_plain_pickles_are_read_as_python_reads_them():
