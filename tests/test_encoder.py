@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
 from cm3jax import cli, config, foreign, run, sharding, stages
 from cm3jax.interop import tensors
@@ -224,6 +226,37 @@ def test_published_weights_are_an_encoder_and_stay_the_same_one_in_a_run(found, 
     again = encoder.load(tmp_path / "retriever", batch=8)
     assert again.identity == direct.identity and (tmp_path / "retriever" / "merges.txt").is_file()
     np.testing.assert_array_equal(again.texts(TEXTS), direct.texts(TEXTS))
+
+
+def test_openais_own_file_is_imported_and_becomes_a_folder_that_a_run_takes(found, tmp_path):
+    """A TorchScript program, of half precision but for the norms."""
+    source, module = publish(found, tmp_path / "clip"), torch.nn.Module()
+    tensors = safetensors.torch.load_file(source / weights.FILE)
+    halves = {name: x if "ln_" in name else x.half() for name, x in tensors.items()}
+    for name, x in halves.items():
+        at, (*folders, last) = module, name.split(".")
+        for folder in folders:
+            if folder not in dict(at.named_children()):
+                at.add_module(folder, torch.nn.Module())
+            at = at.get_submodule(folder)
+        at.register_parameter(last, torch.nn.Parameter(x))
+    module.register_buffer("input_resolution", torch.tensor(MODEL.resolution))
+    (source / weights.FILE).unlink()
+    torch.jit.save(torch.jit.script(module), source / "ViT-B-32.pt")
+    assert cli.main(["import", str(source / "ViT-B-32.pt"), str(tmp_path / "run")]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    safetensors.torch.save_file(halves, source / weights.FILE)
+    wanted = encoder.load(source)
+    for folder in (tmp_path / "run" / "retriever", tmp_path / "hf"):
+        made = encoder.load(folder)
+        assert made.config == MODEL and made.identity == wanted.identity
+
+
+def test_a_wrong_tensor_of_any_file_of_clip_is_named_with_the_file(found, tmp_path, capsys):
+    source = publish(found, tmp_path / "clip", change=put("ln_final.bias", 3))
+    torch.save(safetensors.torch.load_file(source / weights.FILE), source / "clip.pt")
+    assert cli.main(["import", str(source / "clip.pt"), str(tmp_path / "run")]) == 2
+    assert f"'{source / 'clip.pt'}': ln_final.bias has shape (3,), must be (64,)" in capsys.readouterr().err
 
 
 def test_weights_of_another_network_stop_the_run_and_name_the_flags(found, tmp_path):

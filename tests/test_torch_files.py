@@ -197,9 +197,12 @@ class WithState(dict):
         raise AssertionError("was executed")
 
 
-def archive(path, pickled, storages=None, compression=zipfile.ZIP_STORED):
-    """Write the zip file of a given pickle."""
+def archive(path, pickled, storages=None, compression=zipfile.ZIP_STORED, script=False):
+    """Write the zip file of a given pickle, or that of a program with it."""
     with zipfile.ZipFile(path, "w", compression) as file:
+        if script:
+            file.writestr("a/code/__torch__.py", b"raise SystemExit\n" * 99, zipfile.ZIP_DEFLATED)
+            file.writestr("a/constants.pkl", b"\x80\x02).")
         file.writestr("a/data.pkl", pickled)
         for key, data in (storages or {}).items():
             file.writestr(f"a/data/{key}", data)
@@ -296,12 +299,13 @@ MALICE = {
 }
 
 
+@pytest.mark.parametrize("script", [False, True], ids=["", "in a program"])
 @pytest.mark.parametrize("name", MALICE)
-def test_a_pickle_that_would_run_code_or_is_broken_is_refused_by_name(name, tmp_path, monkeypatch):
+def test_a_pickle_that_would_run_code_or_is_broken_is_refused_by_name(name, script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pickled, message = MALICE[name]
     for protocol in (b"", b"\x80\x02", b"\x80\x04"):
-        path = archive(tmp_path / "weights", protocol + pickled)
+        path = archive(tmp_path / "weights", protocol + pickled, script=script)
         with pytest.raises(UserError) as e:
             tensors.open(path)
         assert f"{path}: its pickle {message}" in str(e.value) and "nothing was executed" in str(e.value)
@@ -335,6 +339,82 @@ def test_what_torch_itself_saved_and_would_run_code_is_refused_by_name(kind, thi
     assert not (tmp_path / "executed").exists()
 
 
+# ---------------------------------------------------------------------------------------------------------- TorchScript
+
+
+def openais():
+    """Return a module with the attributes of OpenAI's CLIP, some of them shared, lists and numbers among them."""
+    block = torch.nn.Module()
+    block.attn = torch.nn.Module()
+    block.attn.in_proj_weight = torch.nn.Parameter(torch.randn(6, 2).half())
+    block.attn.out_proj = torch.nn.Linear(2, 2)
+    block.mlp = torch.nn.Sequential(collections.OrderedDict(c_fc=torch.nn.Linear(2, 8), c_proj=torch.nn.Linear(8, 2)))
+    clip = torch.nn.Module()
+    clip.visual = torch.nn.Module()
+    clip.visual.conv1 = torch.nn.Conv2d(3, 2, 4, bias=False).bfloat16()
+    clip.visual.class_embedding = torch.nn.Parameter(torch.randn(2).half())
+    clip.visual.transformer = torch.nn.Module()
+    clip.visual.transformer.resblocks = torch.nn.Sequential(torch.nn.LayerNorm(2), torch.nn.Linear(2, 2))
+    clip.transformer = torch.nn.Module()
+    clip.transformer.add_module("resblocks", torch.nn.ModuleList([block, block]))
+    clip.logit_scale = torch.nn.Parameter(torch.tensor(4.6))
+    clip.register_buffer("context_length", torch.tensor(77))
+    clip.sizes, clip.heads, clip.scale, clip.name = [1, 2], {"a": 1}, 0.5, "ViT"
+    clip.flags, clip.means, clip.more = [True], [0.5, 0.25], [torch.ones(2)]
+    return clip
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["scripted", "traced"])
+def test_a_torchscript_file_has_the_names_of_its_state_dict(traced, tmp_path):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(openais().visual.transformer.resblocks) if traced else openais()
+    made = torch.jit.trace(module, torch.randn(1, 2)) if traced else torch.jit.script(module)
+    torch.jit.save(made, tmp_path / "ViT-B-32.pt")
+    found, state = tensors.open(tmp_path / "ViT-B-32.pt"), module.state_dict()
+    lists = [] if traced else ["more.0"]
+    assert set(found.found) == {*state, *lists}
+    assert [name for name in found.found if name in state] == [*torch.jit.load(tmp_path / "ViT-B-32.pt").state_dict()]
+    assert all(same(found.read(name), tensor) for name, tensor in state.items())
+    if not traced:
+        assert found.values["name"] == "ViT" and found.values["sizes.1"] == 2 and found.values["means.1"] == 0.25
+        assert found.values["heads.a"] == 1 and found.values["training"] is True
+
+
+MODULE = b"c__torch__.a\nBlock\n)\x81"
+SPOILT = {
+    "arguments": (b"c__torch__\nA\n(K\1t\x81.", "would make an object of '__torch__.A' (NEWOBJ)"),
+    "arguments by name": (b"c__torch__\nA\n)}\x92.", "would make an object of '__torch__.A' (NEWOBJ_EX)"),
+    "a call": (b"c__torch__\nA\n)R.", "would call '__torch__.A'"),
+    "a call of its object": (MODULE + b")R.", "would call an object of type Attributes"),
+    "another's class": (b"c__torch__x\nA\n)\x81.", "would make an object of '__torch__x.A' (NEWOBJ)"),
+    "no attributes": (MODULE + b"K\1b.", "would set attributes by an object of type int"),
+    "an attribute twice": (MODULE + (b"}" + text("wq") + b"K\1sb") * 2 + b".", "has 'wq' twice"),
+    "many attributes again and again": (
+        b"}q\0(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(10**5)) + b"u0" + (MODULE + b"h\0b") * 99,
+        "hands over more than 8,388,608 things to 'an object'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("pickled", "message"), SPOILT.values(), ids=SPOILT)
+def test_a_program_whose_modules_are_no_plain_attributes_is_refused(pickled, message, tmp_path):
+    with pytest.raises(UserError) as e:
+        tensors.open(archive(tmp_path / "a", pickled, script=True))
+    assert f"a: its pickle {message}" in str(e.value)
+
+
+def test_classes_of_a_program_are_refused_where_there_is_none(tmp_path):
+    with pytest.raises(UserError, match=r"would make an object of '__torch__.a.Block' \(NEWOBJ\)"):
+        tensors.open(archive(tmp_path / "a", MODULE + b"."))
+
+
+def test_a_programs_numbers_are_not_compressed_and_modules_end(tmp_path):
+    with pytest.raises(UserError, match="entry 'a/constants.pkl': is compressed|entry 'a/data.pkl': is compressed"):
+        tensors.open(archive(tmp_path / "a", claim(), {"0": bytes(2**20)}, zipfile.ZIP_DEFLATED, script=True))
+    with pytest.raises(UserError, match="64 containers in one another"):
+        tensors.open(archive(tmp_path / "b", MODULE + b"q\0}" + text("x") + b"h\0sb.", script=True))
+
+
 def test_numbers_that_are_not_what_is_stored_are_refused(tmp_path):
     with pytest.raises(UserError, match="resolve_neg"):
         saved(tmp_path / "a", {"x": torch.randn(3, dtype=torch.cfloat).conj().imag})
@@ -360,11 +440,12 @@ def test_any_bytes_give_plain_things_or_a_refusal(data):
 @hypothesis.settings(max_examples=300)
 def test_any_instructions_give_plain_things_or_a_refusal(opcodes, random):
     data = b"".join(o.code.encode("latin1") + (bytes([random.randrange(4)]) * 4 if o.arg else b"") for o in opcodes)
-    start = b"K\1" + text("os") + b"(" + b"cos\nsystem\n)}]"
-    try:
-        pickles.load(io.BytesIO(start + data + b"."), torch_files.CALLS, torch_files._persistent)
-    except pickles.Refused as e:
-        assert len(str(e)) < 600
+    start = b"K\1" + text("os") + b"(" + b"c__torch__\nA\n)\x81cos\nsystem\n)}]"
+    for plain in (lambda kind: False, torch_files._of_the_program):
+        try:
+            pickles.load(io.BytesIO(start + data + b"."), torch_files.CALLS, torch_files._persistent, plain)
+        except pickles.Refused as e:
+            assert len(str(e)) < 600
 
 
 def test_plain_pickles_are_read_as_python_reads_them():
@@ -524,6 +605,3 @@ def test_files_that_are_not_torchs_are_told_apart(tmp_path):
         file.writestr("hello.txt", "hello")
     with pytest.raises(UserError, match="b: a zip file with 0 entries NAME/data.pkl"):
         tensors.open(tmp_path / "b")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), tmp_path / "c")
-    with pytest.raises(UserError, match="c: a TorchScript program"):
-        tensors.open(tmp_path / "c")

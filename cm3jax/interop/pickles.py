@@ -33,6 +33,10 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
+class Attributes(dict):
+    """What an object of a class has: its attributes by name."""
+
+
 Calls = dict[Global, Callable[..., Any]]
 
 
@@ -44,13 +48,14 @@ class Machine:
       memo: What the pickle has numbered to use again.
       calls: Stand-ins for the functions that may be called.
       persistent: Returns what a persistent id stands for.
+      plain: Returns whether the objects of a class are read as their `Attributes`.
     """
 
-    def __init__(self, calls: Calls, persistent: Callable[[Any], Any]):
+    def __init__(self, calls: Calls, persistent: Callable[[Any], Any], plain: Callable[[Global], bool]):
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.calls, self.persistent = calls, persistent
+        self.calls, self.persistent, self.plain = calls, persistent, plain
         self.copied = 0
 
     def marked(self) -> list[Any]:
@@ -74,13 +79,19 @@ class Machine:
             raise Refused(f"would call {str(function)!r}")
         if type(arguments) is not tuple:
             raise Refused(f"would call {str(function)!r} with an object of type {type(arguments).__name__}")
-        self.copied += sum(len(x) for x in arguments if isinstance(x, (str, bytes, tuple, list, dict, set)))
-        if self.copied > MOST_COPIED:
-            raise Refused(f"hands over more than {MOST_COPIED:,} things to {str(function)!r} and others")
+        self.count(str(function), *arguments)
         return self.calls[function](*arguments)
 
+    def count(self, receiver: str, *things: Any) -> None:
+        """Add to what was handed over; raises a `Refused` where that becomes too much."""
+        self.copied += sum(len(x) for x in things if isinstance(x, (str, bytes, tuple, list, dict, set)))
+        if self.copied > MOST_COPIED:
+            raise Refused(f"hands over more than {MOST_COPIED:,} things to {receiver!r} and others")
 
-def load(file, calls: Calls, persistent: Callable[[Any], Any]) -> Any:
+
+def load(
+    file, calls: Calls, persistent: Callable[[Any], Any], plain: Callable[[Global], bool] = lambda kind: False
+) -> Any:
     """Return what the pickle at a file's position makes, with dicts for all mappings.
 
     Args:
@@ -89,7 +100,7 @@ def load(file, calls: Calls, persistent: Callable[[Any], Any]) -> Any:
     Raises:
       Refused: naming what would be called, or what is wrong with the pickle.
     """
-    machine = Machine(calls, persistent)
+    machine = Machine(calls, persistent, plain)
     try:
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "STOP":
@@ -178,12 +189,24 @@ def _gather(m: Machine, name: str, argument: Any) -> None:
         m.stack.append(frozenset(map(key, items)))
     elif name == "REDUCE":
         m.stack.append(m.call(*m.take(2)))
-    elif name == "BUILD":  # an OrderedDict's attributes, such as torch's _metadata, are left out
-        m.stack.pop()
-        if not isinstance(m.stack[-1], dict):
-            raise Refused(f"would set attributes of {_described(m.stack[-1])}")
+    elif name == "BUILD":
+        _build(m, m.stack.pop(), m.stack[-1])
+    elif name == "NEWOBJ" and isinstance(m.stack[-2], Global) and m.plain(m.stack[-2]) and m.stack[-1] == ():
+        m.take(2)
+        m.stack.append(Attributes())
     else:
         raise Refused(f"would make an object of {_made(m, name, argument)} ({name})")
+
+
+def _build(m: Machine, state: Any, thing: Any) -> None:
+    """Set attributes; an OrderedDict's own, such as torch's _metadata, are left out."""
+    if not isinstance(thing, dict):
+        raise Refused(f"would set attributes of {_described(thing)}")
+    if isinstance(thing, Attributes):
+        if not isinstance(state, dict):
+            raise Refused(f"would set attributes by an object of type {type(state).__name__}")
+        m.count("an object", state)
+        paired(thing, state.items())
 
 
 def _made(m: Machine, name: str, argument: Any) -> str:

@@ -4,6 +4,9 @@ Since torch 1.6 a file is a zip archive: data.pkl holds the objects, data/KEY th
 compressed, which are mapped in place. Before, it was five pickles and then the storages one after another. In both, a
 tensor is a call of torch._utils._rebuild_tensor_v2(storage, offset, shape, stride, ...). The pickles are read by
 `pickles`, which executes nothing; everything that they claim is checked against the file.
+
+What torch.jit.save writes (OpenAI's CLIP) is an archive too, with a program in code/, which is not looked at: data.pkl
+holds the modules, objects of the program's classes __torch__.*, which are read as their attributes by name.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import math
 import mmap
 import os
 import pathlib
+import re
 import struct
 import zipfile
 import zlib
@@ -138,14 +142,15 @@ def _zip(path: pathlib.Path) -> tuple[Any, Places]:
     root = roots[0]
     if _bytes(path, entries, f"{root}byteorder", b"little") != b"little":
         raise UserError(f"{path}: was written by a big-endian machine; save it again on another")
-    tree = pickles.load(io.BytesIO(_bytes(path, entries, f"{root}data.pkl")), CALLS, _persistent)
+    plain = _of_the_program if f"{root}constants.pkl" in entries else lambda kind: False
+    tree = pickles.load(io.BytesIO(_bytes(path, entries, f"{root}data.pkl")), CALLS, _persistent, plain)
     begin = f"{root}data/"
     places = {name.removeprefix(begin): entry[:2] for name, entry in entries.items() if name.startswith(begin)}
     return tree, places
 
 
 def _entries(path: pathlib.Path) -> dict[str, tuple[int, int, int]]:
-    """Return where each entry of an archive begins, its bytes and their checksum.
+    """Return where each entry of an archive begins, its bytes and their checksum; a program's code is left out.
 
     Raises:
       UserError: naming the entry that is compressed, overlaps another, lies outside the file or stands twice.
@@ -155,13 +160,14 @@ def _entries(path: pathlib.Path) -> dict[str, tuple[int, int, int]]:
             listed = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as e:
         raise UserError(f"{path}: not a whole zip file ({e}); {AGAIN}") from None
-    if any(info.filename.count("/") == 1 and info.filename.endswith("/constants.pkl") for info in listed):
-        raise UserError(f"{path}: a TorchScript program, not plain weights; {SAFE}")
+    names = [info.filename for info in listed]
+    code = tuple(f"{x.removesuffix('constants.pkl')}code/" for x in names if re.fullmatch("[^/]+/constants.pkl", x))
     found, at, size = {}, 0, path.stat().st_size
     with path.open("rb") as file:
         for info in sorted(listed, key=lambda info: info.header_offset):
             where = f"{path}: entry {mapped.short(info.filename)}"
-            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+            packed = info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
+            if (packed or info.flag_bits & 1) and not info.filename.startswith(code):
                 raise UserError(f"{where}: is compressed or encrypted, torch.save never does that; {AGAIN}")
             if info.filename in found:
                 raise UserError(f"{where}: stands twice; {AGAIN}")
@@ -172,10 +178,11 @@ def _entries(path: pathlib.Path) -> dict[str, tuple[int, int, int]]:
             if len(head) < 30 or head[:4] != b"PK\x03\x04":
                 raise UserError(f"{where}: does not begin where the archive says; {AGAIN}")
             start = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
-            at = start + info.file_size
+            at = start + info.compress_size
             if at > size:
-                raise UserError(f"{where}: {info.file_size:,} bytes from {start:,} on end behind the file; {AGAIN}")
-            found[info.filename] = start, info.file_size, info.CRC
+                raise UserError(f"{where}: {info.compress_size:,} bytes from {start:,} on end behind the file; {AGAIN}")
+            if not info.filename.startswith(code):
+                found[info.filename] = start, info.file_size, info.CRC
     return found
 
 
@@ -286,6 +293,11 @@ def _with_attributes(function, kind, arguments, state) -> Any:
     return CALLS[function](*arguments)
 
 
+def _of_the_program(kind: Global) -> bool:
+    """Return whether a class is one of a TorchScript program's own, whose objects are modules."""
+    return kind.module == "__torch__" or kind.module.startswith("__torch__.")
+
+
 def _items(pairs=()) -> dict[Any, Any]:
     return pickles.paired({}, pairs.items() if isinstance(pairs, dict) else pairs)
 
@@ -314,6 +326,11 @@ CALLS: dict[Global, Callable[..., Any]] = {
     Global("collections", "OrderedDict"): _items,
     Global("collections", "defaultdict"): lambda factory=None: {},
     Global("_codecs", "encode"): _encoded,
+    **{
+        Global("torch.jit._pickle", f"build_{kind}list"): lambda items: items
+        for kind in ("int", "double", "bool", "tensor")
+    },
+    Global("torch.jit._pickle", "restore_type_tag"): lambda thing, kind: thing,
     **{Global(module, "set"): lambda items=(): set(map(pickles.key, items)) for module in ("builtins", "__builtin__")},
 }
 """Stand-ins for the functions that a file of tensors calls; torch's own are never run."""

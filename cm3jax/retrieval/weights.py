@@ -1,11 +1,10 @@
 """Published CLIP weights: Hugging Face's and OpenAI's names in a safetensors file -> our parameters, and back.
 
 Sizes are read from the tensors. What they do not tell, heads and activation, stands in Hugging Face's config.json; all
-of OpenAI's towers have heads of 64 and quick_gelu. OpenAI's own files are torch archives; where torch is at hand:
+of OpenAI's towers have heads of 64 and quick_gelu. OpenAI's own files are TorchScript, which `import` reads as they
+are, with vocab.json and merges.txt of Hugging Face's beside them; what `export` makes of them is such a folder:
 
-    import safetensors.torch, torch
-    weights = torch.jit.load("ViT-B-32.pt", map_location="cpu").state_dict()
-    safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, "model.safetensors")
+    cm3jax import ViT-B-32.pt runs/clip && cm3jax export runs/clip clip --to hf
 """
 
 import json
