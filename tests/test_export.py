@@ -182,6 +182,7 @@ def test_a_model_trained_here_gives_the_same_logits_in_transformers(trained, tmp
         assert words.decode(found) == string
     assert words.convert_tokens_to_ids(chameleon_vocab.spelt(5)) == recipe.vocab.image_start + 5
     assert (words.pad_token, words.eos_token) == ("<pad>", "</s>")
+    assert not list((tmp_path / "out").glob("*processor_config.json")), "CM3Leon's documents are not its processor's"
 
 
 def test_a_model_trained_here_comes_back_from_hugging_faces_layout(trained, tmp_path):

@@ -144,6 +144,7 @@ def test_pictures_captions_boxes_and_pages(generator):
 
 def test_exported_and_imported_it_is_the_same(run, tmp_path):
     foreign.send(run, str(tmp_path / "out"), "hf", say=lambda line: None)
+    assert not list((tmp_path / "out").glob("*processor_config.json")), "transformers' processor ends no rows"
     again = foreign.bring(str(tmp_path / "out"), str(tmp_path / "again"), resolution=SIDE, say=lambda line: None)
     assert configs.load(again / "recipe.json").form == configs.load(run / "recipe.json").form
 
