@@ -28,7 +28,6 @@ from cm3jax.sample import decode, grammar, layout
 from cm3jax.tokenizers import document
 from cm3jax.tokenizers import image as images
 from cm3jax.tokenizers import text as texts
-from cm3jax.train import lm
 from cm3jax.types import Part, UserError
 from cm3jax.vocab import EOSS, Vocab
 
@@ -58,7 +57,7 @@ def load(run, batch: int = 16, step: int | None = None, mesh: configs.Mesh | Non
         raise UserError(f"run {str(run)!r}: no recipe.json there; give the folder that `cm3jax run` wrote")
     recipe = configs.load(run / "recipe.json")
     text, image = texts.load(run / "text"), images.load(run / "image")
-    return of(recipe, lm.model(recipe.decoder, recipe.vocab), weights(run, recipe, step, mesh), text, image, batch)
+    return of(recipe, layout.model(recipe), weights(run, recipe, step, mesh), text, image, batch)
 
 
 def weights(run, recipe: configs.Recipe, step: int | None = None, mesh: configs.Mesh | None = None):
@@ -75,7 +74,7 @@ def weights(run, recipe: configs.Recipe, step: int | None = None, mesh: configs.
     if mesh is None:
         memory = (devices[0].memory_stats() or {}).get("bytes_limit")
         mesh = layout.mesh(recipe, len(devices), memory)
-    target = layout.abstract(lm.model(recipe.decoder, recipe.vocab), sharding.mesh(mesh, devices))
+    target = layout.abstract(layout.model(recipe), sharding.mesh(mesh, devices))
     return checkpoint.load_params(pathlib.Path(run) / "decoder", step=step, target=target, stored=True)
 
 

@@ -8,7 +8,11 @@ import jax
 from cm3jax import config as configs
 from cm3jax import sharding, trees
 from cm3jax.nn import decoder
-from cm3jax.train import lm
+
+
+def model(recipe: configs.Recipe) -> decoder.Decoder:
+    """Return the network of a recipe's decoder, as `train.lm.model`, which sampling must not know."""
+    return decoder.Decoder(recipe.decoder.model, recipe.vocab.size, recipe.decoder.packing.length)
 
 
 def mesh(recipe: configs.Recipe, count: int, memory: int | None) -> configs.Mesh:
@@ -29,7 +33,7 @@ def mesh(recipe: configs.Recipe, count: int, memory: int | None) -> configs.Mesh
     needed = math.prod(max(1, size) for size in sizes)
     if trained != configs.Mesh() and (count % needed == 0 if -1 in sizes else needed <= count):
         return trained
-    if memory is None or 16 * trees.size(_boxed(lm.model(recipe.decoder, recipe.vocab))) <= memory:
+    if memory is None or 16 * trees.size(_boxed(model(recipe))) <= memory:
         return configs.Mesh(replica=-1, fsdp=1)
     sides = (network.heads, network.kv_heads or network.heads, network.mlp_width or 4 * network.width)
     tensor = math.gcd(count, *sides, recipe.vocab.size)
