@@ -153,19 +153,21 @@ def damage(path):
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("kind", bank.KINDS)
+@pytest.mark.parametrize("name", [*(f"train-00002-of-00004.{kind}.npy" for kind in bank.KINDS), bank.HELD_OUT])
 @pytest.mark.parametrize(
     "harm, words",
     [(cut, "bytes instead of"), (damage, "other bytes than were written"), (lambda p: p.unlink(), "missing")],
 )
-def test_a_broken_file_is_named_on_opening_and_made_again(prepared, tmp_path, kind, harm, words):
+def test_a_broken_file_is_named_on_opening_and_made_again(prepared, tmp_path, name, harm, words):
     make(prepared[0], tmp_path / "bank", SETTINGS)
-    harm(tmp_path / "bank" / f"train-00002-of-00004.{kind}.npy")
-    with pytest.raises(UserError, match=rf"1 of 25 files are wrong: train-00002-of-00004.{kind}.npy \(.*{words}"):
+    before = (tmp_path / "bank" / name).read_bytes()
+    harm(tmp_path / "bank" / name)
+    with pytest.raises(UserError, match=rf"1 of 25 files are wrong: {name} \(.*{words}"):
         bank.open(tmp_path / "bank")
-    assert [(s.split, s.number) for s in bank.missing(prepared[0], tmp_path / "bank", SETTINGS)] == [("train", 2)]
+    broken = [] if name == bank.HELD_OUT else [("train", 2)]  # that one belongs to no shard
+    assert [(s.split, s.number) for s in bank.missing(prepared[0], tmp_path / "bank", SETTINGS)] == broken
     make(prepared[0], tmp_path / "bank", SETTINGS)
-    assert len(bank.open(tmp_path / "bank")) == 34
+    assert len(bank.open(tmp_path / "bank")) == 34 and (tmp_path / "bank" / name).read_bytes() == before
 
 
 def test_a_bank_of_another_encoder_is_refused(prepared, tmp_path):

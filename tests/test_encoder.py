@@ -1,5 +1,6 @@
 """Laws of the retriever at work: vectors, dropout, documents, and what its folder holds."""
 
+import dataclasses
 import json
 import shutil
 
@@ -89,6 +90,28 @@ def test_more_rows_than_a_batch_and_none_at_all(found):
     assert found.features(pictures(2)).shape == (2, 64)
     with pytest.raises(UserError, match=r"picture of float64 \(3, 3\): the encoder takes uint8"):
         found.pictures([np.zeros((3, 3))])
+
+
+def test_the_rows_of_a_call_and_their_vectors_lie_split_over_the_devices(found, monkeypatch):
+    calls, compiled = [], encoder.Encoder._compiled
+
+    def watched(self, method):
+        def call(*arguments):
+            calls.append((*arguments, compiled(self, method)(*arguments)))
+            return calls[-1][-1]
+
+        return call
+
+    monkeypatch.setattr(encoder.Encoder, "_compiled", watched)
+    wide = dataclasses.replace(found, batch=16)
+    np.testing.assert_allclose(wide.texts(TEXTS), found.texts(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(wide.pictures(pictures()), found.pictures(pictures()), atol=1e-6)
+    assert [rows[0].shape[0] for _, *rows in calls] == [16, 8, 16, 8]
+    for params, *rows in calls:
+        for x in rows:
+            shape = (x.shape[0] // 8, *x.shape[1:])
+            assert [(s.device, s.data.shape) for s in x.addressable_shards] == [(d, shape) for d in jax.devices()]
+        assert all(x.is_fully_replicated and len(x.addressable_shards) == 8 for x in jax.tree.leaves(params))
 
 
 def test_dropout_is_a_function_of_the_rows_own_seed(found):

@@ -43,6 +43,7 @@ RECIPE = config.Recipe(
     bank=config.Bank(shard=40, batch=32),
     neighbours=config.Neighbours(most_score=1.0),
 )
+NO_LIMITS = config.Neighbours(most_score=1.0, most_alike=1.0)
 
 
 def untrained(recipe, folder):
@@ -74,6 +75,12 @@ def opened(made):
     return memory.load(made)
 
 
+@pytest.fixture(scope="module")
+def limitless(opened):
+    """Return a memory that passes nothing over for being too much alike."""
+    return dataclasses.replace(opened, settings=NO_LIMITS)
+
+
 def test_the_stages_leave_a_bank_and_neighbours_of_every_split(made, opened):
     assert len(opened.bank) == 60
     assert len(opened.bank.shards) == 2
@@ -92,18 +99,19 @@ def test_a_finished_memory_is_left_alone(made, capsys):
     assert capsys.readouterr().out.count("up to date") == 3
 
 
-def test_a_document_is_found_by_its_own_vectors_with_its_tokens_and_record(opened):
+def test_a_document_is_found_by_its_own_text_with_its_tokens_and_record(limitless):
     for i in (0, 39, 40, 59):
-        place = opened.bank.place(i)
-        text = opened._records("train")[place.index].parts[0]
-        (found,) = opened.find(texts=[text], count=60)
+        place, record = limitless.bank.place(i), limitless._records("train")[i]
+        (found,) = limitless.find(texts=[record.parts[0]], count=60)
+        assert [x.id for x in found[:20]].count(i) == 1 and len(found) == 60
         scores = [x.score for x in found]
         assert scores == sorted(scores, reverse=True)
-        (own,) = [x for x in found if x.id == i] or [memory.Found(i, 0.0, *place)]
-        assert (own.split, own.key) == ("train", opened.record(own).key)
+        (own,) = (x for x in found if x.id == i)
+        assert (own.split, own.index, own.key) == tuple(place)[:3] == ("train", i, record.key)
         assert own.license == "Apache-2.0" and own.source == "scenes:easy"
-        assert np.array_equal(opened.ids(own), np.arange(own.index + 1))
-        assert opened.ids(own).dtype == np.uint16
+        assert limitless.record(own).parts[0] == record.parts[0]
+        assert np.array_equal(limitless.ids(own), np.arange(i + 1))
+        assert limitless.ids(own).dtype == np.uint16
 
 
 def test_the_scores_are_the_inner_products(opened):
@@ -113,13 +121,15 @@ def test_the_scores_are_the_inner_products(opened):
     assert np.allclose([x.score for x in found], vectors @ opened.encoder.texts([text])[0], atol=1e-6)
 
 
-def test_a_picture_never_finds_its_copy_but_by_a_text_the_copy_is_found(opened):
-    record = opened._records("train")[7]
-    (by_picture,) = opened.find(pictures=[record.parts[1]], count=60)
-    assert 7 not in [x.id for x in by_picture] and len(by_picture) > 3
-    everything = dataclasses.replace(opened, settings=config.Neighbours(most_score=1.0, most_alike=1.0))
-    (by_text,) = everything.find(texts=[record.parts[0]], count=60)
-    assert 7 in [x.id for x in by_text]
+def test_a_picture_finds_all_but_its_copy_and_the_copy_is_among_the_first_that_its_text_finds(limitless):
+    for i in (7, 22, 59):
+        text, picture = limitless._records("train")[i].parts
+        (by_picture,) = limitless.find(pictures=[picture], count=60)
+        assert {x.id for x in by_picture} == set(range(60)) - {i}
+        (by_text,) = limitless.find(texts=[text], count=10)
+        assert i in [x.id for x in by_text]
+        (by_both,) = limitless.find(texts=[text], pictures=[picture], count=60)
+        assert {x.id for x in by_both} == set(range(60)) - {i}
 
 
 def test_a_query_of_text_and_picture_is_the_mean_of_both(opened):

@@ -87,6 +87,14 @@ def clustered(tmp_path_factory):
     return made(tmp_path_factory.mktemp("bank"), vectors, (0, 700)), queries
 
 
+def test_a_search_over_devices_finds_among_real_numbers_what_the_flat_one_does(clustered):
+    found, queries = clustered
+    scores, ids = search_mesh.Mesh(found, block=100).search(queries, 10)
+    exact = search.Flat(found).search(queries, 10)
+    assert np.allclose(scores, exact[0], rtol=0, atol=1e-6)
+    assert np.array_equal(ids, exact[1])  # the seed's scores lie further apart than rounding
+
+
 @pytest.mark.parametrize("settings", [{"search": "ivf_pq", "lists": 16, "code_bytes": 8}, {"search": "hnsw"}])
 def test_an_approximate_index_gives_the_scores_of_the_flat_one_and_nearly_its_documents(clustered, settings, capsys):
     found, queries = clustered

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cm3jax import config as configs
-from cm3jax.retrieval import bank, encoder, neighbours, search, strategy
+from cm3jax.retrieval import bank, encoder, memory, neighbours, search, strategy
 from cm3jax.types import Record
 
 FAKE = fake_encoder.Fake()
@@ -28,6 +28,13 @@ def chosen(made, text, count, settings, queries=NONE, taken=()):
     found = search.Flat(made).search(FAKE.texts([text]), settings.candidates)
     before = np.array([taken], np.int64).reshape(1, -1)
     return strategy.choose(made, *found, count, settings, queries, before)[1][0].tolist()
+
+
+def test_the_defaults_are_the_papers():
+    """Two by image and two by text, no score above 0.9, 20 % of the query dropped, both modalities: 2309.02591 §2.1."""
+    default = configs.Neighbours()
+    assert (default.by_image, default.by_text, default.most_score, default.dropout) == (2, 2, 0.9, 0.2)
+    assert default.both and default.most_alike == default.most_score
 
 
 FREE = configs.Neighbours(most_score=1.0, most_alike=1.0, both=False, candidates=16)
@@ -111,6 +118,10 @@ def test_copies_of_each_other_are_not_chosen_together(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- leaks
 
 
+EXACT, NEARLY = [f"test{i}" for i in range(5)], [f"test{i}" for i in range(5, 9)]
+"""Documents of the test split of which the bank has copies."""
+
+
 def seeded(rng):
     """Return splits with exact copies, near copies and copies of held-out documents among them."""
     train = [fake_encoder.pair(f"train{i}", fake_encoder.some(rng), i) for i in range(60)]
@@ -168,6 +179,35 @@ def test_without_the_limits_near_copies_would_be_received_and_exact_ones_are_sti
     counts, _ = leaks(world, configs.Neighbours(most_score=1.0, most_alike=1.0, both=False))
     assert counts["near copy"] > 20
     assert counts["itself"] == counts["copy"] == counts["copy of test"] == 0
+
+
+def test_near_copies_of_held_out_documents_are_kept_from_these_alone_and_exact_ones_from_everybody(world):
+    """A near copy has other pixels and so other marks; what it is near to is known only where that is the query."""
+    found, everything, made = world
+    received = {}
+    for split, records in found.items():
+        rows = neighbours.find(records, split, 0, made, search.Flat(made), FAKE, configs.Neighbours())
+        for record, row in zip(records, rows, strict=True):
+            received[record.key] = {everything[i].key for i in row if i >= 0}
+    nearly, leaked = {f"{key} nearly" for key in NEARLY}, {f"{key} leaked" for key in EXACT}
+    assert nearly | leaked <= {record.key for record in everything}
+    assert not any(f"{key} nearly" in received[key] for key in NEARLY)
+    assert nearly & set.union(*received.values()) and not leaked & set.union(*received.values())
+
+
+@pytest.mark.parametrize("settings", [configs.Neighbours(), dataclasses.replace(FREE, candidates=200)])
+def test_memory_asked_with_a_held_out_caption_never_returns_an_exact_copy_but_a_near_one(world, settings):
+    found, everything, made = world
+    texts = [record.parts[0] for record in found["test"]]
+    _, nearest = search.Flat(made).search(FAKE.texts(texts), 10)
+    opened = memory.Memory(made.folder.parent, made, search.Flat(made), FAKE, settings, 2)
+    answers = opened.find(texts=texts, count=len(made))
+    for record, near, answer in zip(found["test"], nearest, answers, strict=True):
+        before, keys = {everything[i].key for i in near}, {one.key for one in answer}
+        exact, nearly = f"{record.key} leaked", f"{record.key} nearly"
+        assert (exact in before, nearly in before) == (record.key in EXACT, record.key in NEARLY)
+        assert keys and not any(key.endswith(" leaked") for key in keys)
+        assert (nearly in keys) == (record.key in NEARLY)  # a caption alone does not tell whose copy it would be
 
 
 def test_the_dropout_belongs_to_the_document_and_not_to_its_place(world):

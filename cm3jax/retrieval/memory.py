@@ -62,7 +62,7 @@ class Memory:
     def find(
         self,
         texts: Sequence[str] | None = None,
-        pictures: Sequence[np.ndarray] | None = None,
+        pictures: Sequence[np.ndarray] | np.ndarray | None = None,
         count: int = 2,
         seed: int = 0,
         dropout: float = 0.0,
