@@ -66,7 +66,7 @@ def keys(made):
 
 def told(lines):
     """Return the keys that lines say were shown."""
-    assert all(line.startswith("    with ") and ", score " in line and line.endswith(", Apache-2.0") for line in lines)
+    assert all(line.startswith("    with ") and ", score " in line and line.endswith(", Apache-2.0)") for line in lines)
     return [line.removeprefix("    with ").partition(",")[0] for line in lines]
 
 
@@ -77,7 +77,7 @@ def test_a_picture_is_drawn_with_a_document_of_the_bank_that_is_told_and_kept_in
     (found,) = memory.load(made).find(texts=[CAPTION], count=1)
     assert told(lines) == [f"train/{x.key}" for x in found] and len(found) == 1 and set(told(lines)) <= keys
     kept = provenance.read(file)
-    assert json.loads(kept["documents"]) == told(lines) and kept["prompt"] == CAPTION
+    assert [row["key"] for row in json.loads(kept["documents"])] == told(lines) and kept["prompt"] == CAPTION
     assert json.loads(kept["settings"])["candidates"] == 2
 
     opened, drawing = memory.load(made), generate.load(made)
@@ -112,4 +112,4 @@ def test_an_evaluation_with_a_memory_names_the_documents_that_it_showed(made, ke
         assert all((made / "evaluate" / row[0]["picture"]).is_file() for row in shown)
     run.publish(made)
     page = (made / "report.html").read_text()
-    assert all(row["key"] in page for task in ("text_to_image", "image_to_text") for row in shown)
+    assert all(row[0]["key"] in page for row in shown)
