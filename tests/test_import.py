@@ -518,3 +518,32 @@ def test_every_tensor_of_the_7b_has_its_place_once(tmp_path):
     assert code == 0
     assert kib < 2 * 2**20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7b"]
+
+
+PEAKS = """
+import re, sys
+from cm3jax import foreign
+
+def peak():
+    return int(re.search("VmHWM:\\\\s*([0-9]+) kB", open("/proc/self/status").read())[1]) * 1024
+
+small, large, out = sys.argv[1:]
+foreign.bring(small, out + "-small", resolution=8, say=lambda line: None)
+before = peak()
+foreign.bring(large, out, resolution=8, say=lambda line: None)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_metas_parts_are_put_together_without_being_whole_in_memory(tmp_path):
+    """A decoder of 470 MB in two parts: what is written waits in buffers of some 100 MB, whatever its size."""
+    for name, width, layers in (("small", 32, 2), ("large", 512, 28)):
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        about = checkpoints.settings(**sizes, num_attention_heads=8, num_key_value_heads=8)
+        tensors = checkpoints.per_process(chameleons.random_tensors(about), about, 2)
+        checkpoints.meta_folder(tmp_path / name, tensors, about, 2)
+    size = sum(x.nbytes for x in tensors.values())
+    arguments = [str(tmp_path / name) for name in ("small", "large", "run")]
+    done = subprocess.run([sys.executable, "-c", PEAKS, *arguments], capture_output=True, text=True, check=True)
+    assert size > 4.5e8 and int(done.stdout) < 0.6 * size, int(done.stdout) / size
