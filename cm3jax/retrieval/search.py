@@ -245,7 +245,8 @@ def empty(bank: banks.Bank, settings: configs.Bank) -> Any:
             f"bank of {len(bank):,} documents: ivf_pq needs at least {max(lists, LEAST)} to learn {lists} cells and"
             " 256 codes from; take flat"
         )
-    index = library.index_factory(bank.size, f"IVF{lists},PQ{settings.code_bytes}", inner)
+    name = f"IVF{lists},PQ{settings.code_bytes}np"  # np: nothing here asks for codes in an order for Hamming distances
+    index = library.index_factory(bank.size, name, inner)
     index.train(sample(bank, max(PER_LIST * lists, 256 * PER_LIST)))
     return index
 
