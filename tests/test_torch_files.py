@@ -390,14 +390,15 @@ SPOILT = {
     "no attributes": (MODULE + b"K\1b.", "would set attributes by an object of type int"),
     "an attribute twice": (MODULE + (b"}" + text("wq") + b"K\1sb") * 2 + b".", "has 'wq' twice"),
     "many attributes again and again": (
-        b"}q\0(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(10**5)) + b"u0" + (MODULE + b"h\0b") * 99,
-        "hands over more than 8,388,608 things to 'an object'",
+        b"}q\0(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(10**3)) + b"u0" + (MODULE + b"h\0b") * 99,
+        "hands over more than 65,536 things to 'an object'",
     ),
 }
 
 
 @pytest.mark.parametrize(("pickled", "message"), SPOILT.values(), ids=SPOILT)
-def test_a_program_whose_modules_are_no_plain_attributes_is_refused(pickled, message, tmp_path):
+def test_a_program_whose_modules_are_no_plain_attributes_is_refused(pickled, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "MOST_COPIED", 2**16)
     with pytest.raises(UserError) as e:
         tensors.open(archive(tmp_path / "a", pickled, script=True))
     assert f"a: its pickle {message}" in str(e.value)
