@@ -99,6 +99,11 @@ def shares(mesh: Mesh | None) -> int:
     return 1 if mesh is None else _ways(mesh, RULES["batch"])
 
 
+def filled(rows: int, mesh: Mesh | None) -> int:
+    """Return a number of rows, raised to a multiple of the devices that share them."""
+    return -(-rows // shares(mesh)) * shares(mesh)
+
+
 def slices(devices) -> int:
     """Return the number of TPU slices that devices lie on; 1 for all other devices."""
     return len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"}) or 1

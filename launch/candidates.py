@@ -163,11 +163,9 @@ def main() -> None:
     if arguments.json:
         facts = {"prompts": arguments.prompts, "documents": arguments.documents}
         arguments.json.write_text(json.dumps(facts | found, indent=1) + "\n")
-    if arguments.plot:
-        arguments.plot.write_text(plot("Candidates", "candidates for each prompt", found["candidates"]))
-    if arguments.frechet_plot:
-        across = "candidates for each prompt"
-        arguments.frechet_plot.write_text(plot("Candidates", across, found["candidates"], "frechet"))
+    for path, figure in ((arguments.plot, "object_accuracy"), (arguments.frechet_plot, "frechet")):
+        if path:
+            path.write_text(plot("Candidates", "candidates for each prompt", found["candidates"], figure))
     if arguments.guidance_plot:
         arguments.guidance_plot.write_text(plot("Guidance", "guidance weight", found["guidance"]))
 

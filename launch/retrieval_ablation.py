@@ -152,7 +152,7 @@ def finds(work: pathlib.Path, count: int) -> dict:
     return {kind: {str(n): float(np.mean(np.array(at) < n)) for n in DEPTHS} for kind, at in ranks.items()}
 
 
-def pool(work: pathlib.Path) -> dict[str, float]:
+def pool(work: pathlib.Path, _: int) -> dict[str, float]:
     """Return how often the neighbours that training shows before a document have what its named thing looks like.
 
     Returns:
@@ -168,6 +168,10 @@ def pool(work: pathlib.Path) -> dict[str, float]:
         if named := {t.looks for t in truth(record).objects if t.name}:
             hits.append([bool(named & bank[document]) for document in found[i] if document >= 0])
     return {"each": float(np.mean([hit for row in hits for hit in row])), "any": float(np.mean([any(h) for h in hits]))}
+
+
+MEASURED = {"finds": finds, "pool": pool}
+"""What is measured of the retriever, once."""
 
 
 def shown(memory, captions, prompts, documents: str, seed: int):
@@ -316,8 +320,7 @@ def phase(arguments, *words: str) -> None:
 
 
 def together(arguments, *phases: tuple[str, ...]) -> None:
-    """Run phases at one time, each on its share of the cores: two trainings of this size, on a core each, are 1.4 times
-    as fast as one after the other on both."""
+    """Run phases at one time, each on its share of the cores, of which small models use one better than several."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if not (share := len(cores) // len(phases)):
         for words in phases:
@@ -352,10 +355,10 @@ def main() -> None:
         return one(work, recipe, arguments.prompts, *arguments.phase)
     phase(arguments, "share")
     results, scores = {}, arguments.work / "scores"
-    for name in ("finds", "pool"):
+    for name in MEASURED:
         if not (scores / f"{name}-{arguments.prompts}.json").is_file():
             phase(arguments, name)
-    retriever, shows = (json.loads((scores / f"{n}-{arguments.prompts}.json").read_text()) for n in ("finds", "pool"))
+    retriever, shows = (json.loads((scores / f"{name}-{arguments.prompts}.json").read_text()) for name in MEASURED)
     for seed in arguments.seeds:
         together(arguments, *(("train", name, str(seed)) for name in ("with", "without")))
     for row in rows(arguments.seeds):
@@ -386,8 +389,8 @@ def one(work: pathlib.Path, recipe: configs.Recipe, count: int, what: str, *word
         return share(work, recipe)
     if what == "train":
         return train(work, recipe, words[0], int(words[1]))
-    if what in ("finds", "pool"):
-        return put(work / "scores" / f"{what}-{count}.json", finds(work, count) if what == "finds" else pool(work))
+    if what in MEASURED:
+        return put(work / "scores" / f"{what}-{count}.json", MEASURED[what](work, count))
     name, seed, split, documents = words
     put(result(work, words, count), measure(work, name, int(seed), split, documents, count))
 

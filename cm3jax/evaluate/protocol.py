@@ -477,8 +477,8 @@ def held_out(recipe: configs.Recipe, run: pathlib.Path) -> Callable[..., dict[st
     def measure(params, split: str, masked: bool):
         totals = None
         mesh = sharding.mesh_of(params)
-        ways = sharding.shares(mesh)
-        rows = -(-min(recipe.evaluate.batch, stage.training.batch) // ways) * ways  # a large model lies on all devices
+        # In pieces: the mesh of drawing may split the model where that of training splits the batch.
+        rows = sharding.filled(min(recipe.evaluate.batch, stage.training.batch), mesh)
         for batch in pipeline.eval_batches(run / "tokens", split, stage, recipe.vocab, masked, source=source):
             for first in range(0, stage.training.batch, rows):
                 piece = jax.tree.map(lambda x: _filled(x[first : first + rows], rows), batch)  # noqa: B023

@@ -330,10 +330,9 @@ def visdial(bench: Bench, out: pathlib.Path) -> dict:
         return [ranks(bench.generator, record) for record in records]
 
     def files(records, said):
-        keys = [{"image_id": r.group, "round_id": r.fields["truth"]["round"]} for r in records]
-        truth = [
-            key | {"gt_relevance": truth_of(r, "relevance", "question")} for key, r in zip(keys, records, strict=True)
-        ]
+        truths = [record.fields["truth"] for record in records]
+        keys = [{"image_id": r.group, "round_id": t["round"]} for r, t in zip(records, truths, strict=True)]
+        truth = [key | {"gt_relevance": t["relevance"]} for key, t in zip(keys, truths, strict=True)]
         return [key | {"ranks": row} for key, row in zip(keys, said, strict=True)], truth
 
     needed = ("relevance", "candidates", "caption", "history", "round")

@@ -37,7 +37,7 @@ def plan(recipe: Recipe, target: slices.Slice, rows: int = 0, dtype: str = "floa
     asked = layout.mesh(recipe, len(devices), memory)
     mesh, model = sharding.mesh(asked, devices), lm.model(stage, recipe.vocab)
     params = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), layout.abstract(model, mesh))
-    data = mesh.shape["replica"] * mesh.shape["fsdp"]
+    data = sharding.shares(mesh)
     rows = rows or data
     if rows % data:
         raise UserError(f"--rows {rows}: not a multiple of the {data} chips that share the rows; change it or the mesh")

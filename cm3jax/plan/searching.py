@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cm3jax.plan import compiler, costs, estimate, hlo, slices
 from cm3jax.plan.training import GIB
@@ -96,10 +96,7 @@ def plan(target: slices.Slice, documents: int, size: int, k: int) -> Plan:
     if documents < 1:
         raise UserError(f"--documents {documents}: must be at least 1")
     devices = compiler.devices(target)
-    mesh = jax.make_mesh((len(devices),), (search_mesh.AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-    share = -(-documents // len(devices))
-    block = min(search_mesh.BLOCK, share)
-    share = -(-share // block) * block
+    mesh, block, share = search_mesh.cut(documents, devices)
 
     def lower() -> jax.stages.Lowered:
         def array(shape, dtype, *axes):

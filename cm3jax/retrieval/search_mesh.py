@@ -38,12 +38,8 @@ class Mesh:
 
     def __init__(self, bank: banks.Bank, devices=None, block: int = BLOCK, approximate: bool | None = None):
         devices = jax.devices() if devices is None else list(devices)
-        types = (jax.sharding.AxisType.Auto,)
-        self.bank, self.mesh = bank, jax.make_mesh((len(devices),), (AXIS,), axis_types=types, devices=devices)
-        share = -(-len(bank) // len(devices))
-        self.block = min(block, share)
+        self.bank, (self.mesh, self.block, share) = bank, cut(len(bank), devices, block)
         self.approximate = devices[0].platform == "tpu" if approximate is None else approximate
-        share = -(-share // self.block) * self.block
         shape = (share * len(devices), bank.size)
         split = NamedSharding(self.mesh, PartitionSpec(AXIS))
         self.vectors = jax.make_array_from_callback(shape, split, lambda at: rows(bank, *at[0].indices(shape[0])[:2]))
@@ -61,6 +57,15 @@ class Mesh:
         scores, ids = program(self.mesh, len(self.bank), self.block, k, self.approximate)(placed, self.vectors)
         scores, ids = (np.asarray(x.addressable_data(0))[: len(queries)] for x in (scores, ids))
         return scores, np.where(np.isneginf(scores), -1, ids).astype(np.int64)
+
+
+def cut(total: int, devices: list, block: int = BLOCK) -> tuple[jax.sharding.Mesh, int, int]:
+    """Return how so many vectors lie: the mesh, the vectors of a block, and those of a device, a multiple of it."""
+    types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=types, devices=devices)
+    share = -(-total // len(devices))
+    block = min(block, share)
+    return mesh, block, -(-share // block) * block
 
 
 def rows(bank: banks.Bank, start: int, stop: int) -> np.ndarray:

@@ -378,7 +378,7 @@ class Generator:
         self._room(prompts, "the text", count := int(sizes.max(initial=1)))
         rows = [document.join(prompt.ids, ids) for prompt, ids in zip(prompts, spoken, strict=True)]
         length, found = decode.bucket(max(map(len, rows), default=1)), []
-        size = -(-self.batch // sharding.shares(self.mesh)) * sharding.shares(self.mesh)
+        size = sharding.filled(self.batch, self.mesh)
         first = self.model.length - self.picture if self.picture else None
         for at in range(0, len(rows), size):
             here = np.minimum(np.arange(at, at + size), len(rows) - 1)  # one size, so one program
@@ -432,8 +432,7 @@ class Generator:
         if not prompts:
             return []
         numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
-        size, shares = min(self.batch, 1 << (len(prompts) - 1).bit_length()), sharding.shares(self.mesh)
-        size = -(-size // shares) * shares
+        size = sharding.filled(min(self.batch, 1 << (len(prompts) - 1).bit_length()), self.mesh)
         length = decode.bucket(max(len(ids) for p in prompts for ids, _ in p.streams(3)))
         drawn = []
         for first in range(0, len(prompts), size):

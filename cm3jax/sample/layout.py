@@ -47,9 +47,8 @@ def abstract(network: decoder.Decoder, mesh: jax.sharding.Mesh):
       UserError: if a dimension does not divide over the mesh.
     """
     boxed = _boxed(network)
-    placed = sharding.shardings(
-        mesh, boxed, strict="", limit=sys.maxsize
-    )  # a table of positions is split by fsdp alone
+    # Only fsdp splits a table of positions, so that it may be whole here.
+    placed = sharding.shardings(mesh, boxed, strict="", limit=sys.maxsize)
     return jax.tree.map(lambda x, s: x.update(sharding=s), sharding.unbox(boxed), placed)
 
 

@@ -71,7 +71,7 @@ def pictures(generator, memory, shown, count: int, max_text: int, seed: int = 0)
     """Return for each picture the documents that are shown before it, and their ids (None: of nothing)."""
     if not count:
         return [[] for _ in shown], None
-    return fitted(generator, memory, memory.find(pictures=list(shown), count=count, seed=seed), None, max_text)
+    return fitted(generator, memory, memory.find(pictures=shown, count=count, seed=seed), None, max_text)
 
 
 def fitted(generator, memory, found: Documents, captions, max_text: int = 96) -> tuple[Documents, list]:

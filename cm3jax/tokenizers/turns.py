@@ -37,11 +37,11 @@ def encode(parts: Sequence[Part], tokenizer: Tokenizer, vocab: Vocab, form: Form
     """
     if not len(parts):
         raise UserError("a document without parts; give it at least one text or picture")
-    kinds = [type(part) is str for part in parts[:2]]
-    if kinds == [True, False]:
+    opens = len(parts) > 1 and isinstance(parts[0], str)
+    if opens and not isinstance(parts[1], str):
         parts = [form.drawing.replace("{}", parts[0]), *parts[1:]]
     pieces = [part_ids(part, tokenizer, vocab, form) for part in parts]
-    if form.pair == "turn" and len(parts) > 1 and kinds[0]:
+    if opens and form.pair == "turn":
         pieces.insert(1, np.array([form.turn], np.uint16))
     return document.join(*pieces)
 
