@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 import resource
 import sys
 import time
@@ -36,9 +37,14 @@ def not_finite(metrics) -> str:
 
 
 def peak_memory_gib() -> float:
-    """Return the largest resident memory that this process has had, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    """Return the largest resident memory that this process has had, in GiB.
+
+    Linux hands ru_maxrss of the process that starts a program down to the program; VmHWM is the program's own.
+    """
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
 
 
 class Writer:

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 from cm3jax import config as configs
+from cm3jax import metrics
 from cm3jax.retrieval import bank as banks
 from cm3jax.retrieval import search
 
@@ -185,8 +185,8 @@ def main() -> int:
     given = parser.parse_args()
     if given.phase:
         figures = PHASES[given.phase](given.work, given.documents)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        (given.work / "figures.json").write_text(json.dumps(figures | {"peak_memory_gib": peak}))
+        figures |= {"peak_memory_gib": metrics.peak_memory_gib()}
+        (given.work / "figures.json").write_text(json.dumps(figures))
         return 0
     given.work.mkdir(parents=True, exist_ok=True)
     report = {"documents": given.documents, "width": RECIPE.retriever.model.size, "k": K}

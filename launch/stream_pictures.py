@@ -8,7 +8,6 @@ Prints JSON: pictures, seconds, GiB at the start (libraries loaded) and at the p
 import argparse
 import json
 import pathlib
-import resource
 import tempfile
 import time
 import types
@@ -16,15 +15,9 @@ import types
 import numpy as np
 from PIL import Image
 
-from cm3jax import cli
+from cm3jax import cli, metrics
 
 DIFFERENT, SIDE = 97, 256
-GIB = 2.0**30
-
-
-def peak():
-    """Return the largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def fill(folder, count):
@@ -85,10 +78,10 @@ def main():
         pictures = fill(folder / "drawn", given.count)
         np.savez(folder / "real.npz", mu=np.zeros(2048), sigma=np.eye(2048))
         tools = types.SimpleNamespace(inception=drawn() if given.inception else cheap())
-        start, before = time.monotonic(), peak()
+        start, before = time.monotonic(), metrics.peak_memory_gib()
         files = folder / "real.npz", config.Score(), folder / "r.json", folder / "cache"
         found = score.score(pictures, *files, say=lambda line: None, tools=tools)
-    figures = {"start_gib": round(before / GIB, 3), "peak_gib": round(peak() / GIB, 3)}
+    figures = {"start_gib": round(before, 3), "peak_gib": round(metrics.peak_memory_gib(), 3)}
     seconds = round(time.monotonic() - start, 1)
     print(json.dumps({"pictures": given.count, "seconds": seconds, **figures, "fid": found["metrics"]["fid"]["value"]}))
 

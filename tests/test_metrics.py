@@ -3,7 +3,10 @@
 import io
 import json
 import math
+import subprocess
+import sys
 
+import numpy as np
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c  # noqa: F401  (the module that writes what we read below)
 
@@ -154,3 +157,10 @@ def test_a_host_that_is_not_the_first_is_quiet():
 
 def test_peak_memory_is_that_of_a_python_with_jax():
     assert 0.02 < metrics.peak_memory_gib() < 64
+
+
+def test_peak_memory_of_a_program_is_not_that_of_the_process_that_started_it():
+    held = np.ones(2**27)  # 1 GiB
+    program = "from cm3jax import metrics; print(metrics.peak_memory_gib())"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert metrics.peak_memory_gib() > held.nbytes / 2**30 > float(out)

@@ -340,7 +340,8 @@ def test_the_peak_of_a_real_process_stays_where_it_is():
 
     script = pathlib.Path(__file__).parent.parent / "launch" / "stream_pictures.py"
     found = []
-    for count in (300, 1500):
+    for count in (300, 2100):
         out = subprocess.run([sys.executable, script, str(count)], capture_output=True, text=True, check=True)
         found.append(json.loads(out.stdout)["peak_gib"])
-    assert found[1] < found[0] + 0.05 and found[1] < 2, found
+    held = 1800 * 299**2 * 3 / 2**30  # what the others would take if they stayed: 0.45 GiB, as bytes
+    assert found[1] < found[0] + held / 2 and found[1] < 2, found
