@@ -422,7 +422,7 @@ class Retriever:
     """The bi-encoder that finds documents: CLIP, from published weights or trained on the run's own pairs."""
 
     weights: str = ""
-    """Folder of published weights (model.safetensors, vocab.json, merges.txt; with config.json if Hugging Face's);
+    """Folder of published weights (model.safetensors, its tokenizer; with config.json if Hugging Face's);
     "": train `model` on the pairs of `splits`, with the run's own text tokenizer."""
     model: CLIP = CLIP()
     splits: tuple[str, ...] = ("train",)

@@ -442,9 +442,9 @@ def _clip(run: pathlib.Path, out: pathlib.Path, dtype: str) -> list[str]:
         "preprocessor_config.json": weights.preprocessing(made.config),
     }.items():
         stages.write_text(out / name, json.dumps(content, indent=1) + "\n")
-    for file in made.tokenizer.files:
-        shutil.copyfile(file, out / file.name)
-    return sorted([path.name for path in files] + [weights.CONFIG, *(file.name for file in made.tokenizer.files)])
+    for name, content in made.tokenizer.files.items():
+        (out / name).write_bytes(content)
+    return sorted([path.name for path in files] + [weights.CONFIG, *made.tokenizer.files])
 
 
 def _pictures(run: pathlib.Path, out: pathlib.Path, dtype: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The retriever's text tokenizers: CLIP's, against transformers' fast one on the same files, and the run's pieces."""
 
+import gzip
 import json
 import pickle
 import random
@@ -82,6 +83,52 @@ def test_ids_equal_those_of_transformers_for_captions_of_mixed_scripts(files):
         assert [ours.begin, *found, ours.end] == wanted, ascii(caption)
         merged += len(found) < len("".join(caption.split()).encode())
     assert len(texts) >= 10_000 and merged > 5_000, "the merges were hardly used"
+
+
+@pytest.fixture(scope="module")
+def openai(files, tmp_path_factory):
+    """Return a folder with the pairs of `files` in the form that OpenAI publishes."""
+    folder = tmp_path_factory.mktemp("openai")
+    lines = (files / clip.MERGES).read_text(encoding="utf-8").split("\n")[1:-1]
+    with gzip.open(folder / clip.OPENAI, "wt", encoding="utf-8") as f:
+        f.write("\n".join(['"bpe_simple_vocab_16e6.txt#version: 0.2', *lines]) + "\n")
+    return folder
+
+
+def test_openais_file_gives_the_same_pieces(files, openai):
+    theirs, ours = clip.load(files), clip.load(openai)
+    names, found = ({i: symbol for symbol, i in one.ids.items()} for one in (theirs, ours))
+    for caption in captions(500, 3):
+        assert [found[i] for i in ours.encode(caption)] == [names[i] for i in theirs.encode(caption)], ascii(caption)
+    assert pickle.loads(pickle.dumps(ours)).encode("a cat") == ours.encode("a cat")
+
+
+@pytest.mark.slow
+def test_openais_file_is_kept_as_files_that_transformers_reads(openai, tmp_path):
+    import transformers
+
+    ours = clip.load(openai)
+    for name, content in ours.files.items():
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.CLIPTokenizerFast(vocab=str(tmp_path / clip.VOCAB), merges=str(tmp_path / clip.MERGES))
+    for caption in captions(500, 3):
+        assert [ours.begin, *ours.encode(caption), ours.end] == theirs(caption)["input_ids"], ascii(caption)
+
+
+def test_of_openais_pairs_as_many_count_as_make_49408_ids(tmp_path):
+    """Begin and end are 49406 and 49407 in all that was published; "!" is 0, and the first pair 512."""
+    pairs = [f"{a} {b}" for a in clip.SIGNS for b in clip.SIGNS][:60_000]
+    with gzip.open(tmp_path / clip.OPENAI, "wt", encoding="utf-8") as f:
+        f.write("\n".join(["a heading", *pairs]) + "\n")
+    found = clip.load(tmp_path)
+    assert (found.begin, found.end, found.rows) == (49_406, 49_407, 49_408)
+    assert (found.ids["!"], found.ids["!</w>"], found.ids[pairs[0].replace(" ", "")]) == (0, 256, 512)
+
+
+def test_a_damaged_file_of_openais_gives_one_clear_line(openai, tmp_path):
+    (tmp_path / clip.OPENAI).write_bytes((openai / clip.OPENAI).read_bytes()[:-20])
+    with pytest.raises(UserError, match="bpe_simple_vocab_16e6.txt.gz': not readable"):
+        clip.load(tmp_path)
 
 
 def test_words_are_letters_single_digits_contractions_and_runs_of_signs():

@@ -1,6 +1,7 @@
 """Laws of the retriever at work: vectors, dropout, documents, and what its folder holds."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 
@@ -252,8 +253,11 @@ def test_published_weights_are_an_encoder_and_stay_the_same_one_in_a_run(found, 
 
 
 def test_openais_own_file_is_imported_and_becomes_a_folder_that_a_run_takes(found, tmp_path):
-    """A TorchScript program, of half precision but for the norms."""
+    """A TorchScript program, of half precision but for the norms, and the file of its tokenizer."""
     source, module = publish(found, tmp_path / "clip"), torch.nn.Module()
+    for name in (tokenizers.VOCAB, tokenizers.MERGES):
+        (source / name).unlink()
+    (source / tokenizers.OPENAI).write_bytes(gzip.compress(b"a heading\n"))
     tensors = safetensors.torch.load_file(source / weights.FILE)
     halves = {name: x if "ln_" in name else x.half() for name, x in tensors.items()}
     for name, x in halves.items():

@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from cm3jax.interop import chameleon, mapped, meta, safetensor_files, tensors, vqgan
+from cm3jax.tokenizers import clip as tokenizers
 from cm3jax.tokenizers import text
 from cm3jax.types import UserError
 
@@ -84,7 +85,7 @@ def open(path, tokenizer: str = "", image: str = "") -> Source:
     found = tensors.open(path)
     names = set(found.found)
     if any(name.startswith(("vision_model.", "visual.")) for name in names):
-        files = _beside(found.files, "config.json", "vocab.json", "merges.txt", "tokenizer.model")
+        files = _beside(found.files, "config.json", *tokenizers.FILES)
         return Source(path, "clip", "CLIP", files, clip=found.found)
     if meta.TABLE in names:
         raise UserError(f"{path}: one part of Meta's layout; give the folder that holds it, params.json and tokenizer")

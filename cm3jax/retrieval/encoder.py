@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -191,12 +190,12 @@ def save(folder, model: configs.CLIP, params, tokenizer: tokenizers.Tokenizer) -
 
     Args:
       params: Unboxed: `train.clip.averaged(state)`.
-      tokenizer: Its files are copied.
+      tokenizer: Its files are written beside.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in tokenizer.files:
-        shutil.copyfile(file, folder / file.name)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
     data = safetensors.numpy.save(flat(params))
     partial = folder / f".{WEIGHTS}.partial"
     partial.write_bytes(data)
@@ -259,8 +258,8 @@ def identify(model: configs.CLIP, params, tokenizer: tokenizers.Tokenizer) -> st
     for name, x in flat(params).items():
         digest.update(f"{name}{x.shape}".encode())
         digest.update(x.data)
-    for file in tokenizer.files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for content in tokenizer.files.values():
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]
 
 

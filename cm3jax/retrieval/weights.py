@@ -2,7 +2,7 @@
 
 Sizes are read from the tensors. What they do not tell, heads and activation, stands in Hugging Face's config.json; all
 of OpenAI's towers have heads of 64 and quick_gelu. OpenAI's own files are TorchScript, which `import` reads as they
-are, with vocab.json and merges.txt of Hugging Face's beside them; what `export` makes of them is such a folder:
+are, with a tokenizer's files beside them (OpenAI's or Hugging Face's); what `export` makes of them is such a folder:
 
     cm3jax import ViT-B-32.pt runs/clip && cm3jax export runs/clip clip --to hf
 """

@@ -1,10 +1,12 @@
 """Text -> ids for the retriever's text tower: CLIP's byte-pair encoding, or the run's own pieces. Imports no jax.
 
 CLIP's (arXiv 2103.00020 §2.4) is lower-cased and byte-level; the last symbol of a word carries `</w>`. Its published
-files are vocab.json {symbol: id} and merges.txt, a pair of symbols a line, the earliest merged first.
+files are Hugging Face's vocab.json {symbol: id} and merges.txt, a pair of symbols a line, the earliest merged first, or
+OpenAI's one of pairs, which has more than are used.
 """
 
 import functools
+import gzip
 import itertools
 import json
 import pathlib
@@ -19,11 +21,14 @@ from jaxtyping import Int32
 from cm3jax.tokenizers import text as pieces
 from cm3jax.types import UserError
 
-VOCAB, MERGES, PIECES = "vocab.json", "merges.txt", "tokenizer.model"
+VOCAB, MERGES, PIECES, OPENAI = "vocab.json", "merges.txt", "tokenizer.model", "bpe_simple_vocab_16e6.txt.gz"
+FILES = VOCAB, MERGES, PIECES, OPENAI
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 LAST = "</w>"
 """Mark of a word's last symbol."""
 CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)")
+USED = 49_152 - 256 - 2
+"""Pairs of OpenAI's file that its tokenizer takes: with 512 symbols of bytes, begin and end they are 49,408 ids."""
 MULTIPLE = 128
 """Rows of the table are a multiple of this, so that it divides over a mesh; the ids behind the last are not used."""
 
@@ -35,13 +40,13 @@ class Tokenizer(Protocol):
     Attributes:
       rows: Rows of the text tower's table; ids are below.
       begin, end: Ids that stand before and behind every text.
-      files: The files that it was made from.
+      files: {name: content} of the files that it can be loaded from.
     """
 
     rows: int
     begin: int
     end: int
-    files: tuple[pathlib.Path, ...]
+    files: dict[str, bytes]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without begin and end."""
@@ -57,13 +62,18 @@ def load(folder) -> Tokenizer:
     folder = pathlib.Path(folder)
     if (folder / PIECES).is_file():
         return Pieces(folder / PIECES)
+    if (folder / OPENAI).is_file() and not (folder / VOCAB).is_file():
+        return Words(_openai(folder / OPENAI), folder)
     for name in (VOCAB, MERGES):
         if not (folder / name).is_file():
             raise UserError(
                 f"{str(folder)!r}: no text tokenizer here ({name} is missing); published weights come with {VOCAB} and"
-                f" {MERGES}"
+                f" {MERGES}, or with {OPENAI}"
             )
-    return Words(folder / VOCAB, folder / MERGES)
+    try:
+        return Words({name: (folder / name).read_bytes() for name in (VOCAB, MERGES)}, folder)
+    except OSError as e:
+        raise UserError(f"{str(folder)!r}: {VOCAB} and {MERGES} cannot be read ({e.strerror})") from None
 
 
 def arrays(
@@ -88,10 +98,11 @@ class Pieces:
         self.model = pieces.Tokenizer(path)
         self.begin, self.end = self.model.size, self.model.size + 1
         self.rows = -(-(self.model.size + 2) // MULTIPLE) * MULTIPLE
-        self.files = (pathlib.Path(path),)
+        self.path = pathlib.Path(path)
+        self.files = {PIECES: self.path.read_bytes()}
 
     def __reduce__(self):
-        return Pieces, self.files
+        return Pieces, (self.path,)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without begin and end."""
@@ -105,15 +116,15 @@ class Words:
     characters that are younger than this Python's Unicode, which are signs.
     """
 
-    def __init__(self, vocab, merges):
-        self.files = (pathlib.Path(vocab), pathlib.Path(merges))
-        self.ids = _vocabulary(self.files[0])
-        self.ranks = {pair: i for i, pair in enumerate(_merges(self.files[1], self.ids))}
+    def __init__(self, files: dict[str, bytes], folder: pathlib.Path):
+        self.files, self.folder = files, folder
+        self.ids = _vocabulary(files[VOCAB], folder / VOCAB)
+        self.ranks = {pair: i for i, pair in enumerate(_merges(files[MERGES], self.ids, folder / MERGES))}
         self.begin, self.end, self.rows = self.ids[BEGIN], self.ids[END], 1 + max(self.ids.values())
         self.word = functools.lru_cache(2**16)(self._word)
 
     def __reduce__(self):
-        return Words, self.files
+        return Words, (self.files, self.folder)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without begin and end.
@@ -174,23 +185,43 @@ def kind(character: str) -> str:
 
 def signs() -> list[str]:
     """Return the character that stands for each byte in the files: itself where it shows, else one from U+0100 on."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = iter(range(256, 512))
-    return [chr(byte if byte in shown else next(hidden)) for byte in range(256)]
+    return [chr(byte if byte in SHOWN else next(hidden)) for byte in range(256)]
 
 
+SHOWN = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 SIGNS = signs()
 
 
-def _vocabulary(path: pathlib.Path) -> dict[str, int]:
+def _openai(path: pathlib.Path) -> dict[str, bytes]:
+    """Return OpenAI's file in the form of Hugging Face's two, whose ids are the same.
+
+    Ids: the bytes that show, those that do not, all of them again as a word's last, the pairs, begin and end.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            pairs = [line.rstrip("\n") for line in itertools.islice(f, 1, 1 + USED)]  # the first line is a heading
+    except (OSError, EOFError, ValueError) as e:
+        raise UserError(f"CLIP merges {str(path)!r}: not readable ({e}); take the published file") from None
+    alphabet = [chr(byte) for byte in SHOWN] + sorted(set(SIGNS) - {chr(byte) for byte in SHOWN})
+    symbols = [*alphabet, *(sign + LAST for sign in alphabet), *(pair.replace(" ", "") for pair in pairs), BEGIN, END]
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    merges = "\n".join(["#version: 0.2", *pairs]) + "\n"
+    return {VOCAB: json.dumps(ids, ensure_ascii=False).encode(), MERGES: merges.encode()}
+
+
+def _vocabulary(content: bytes, path: pathlib.Path) -> dict[str, int]:
     """Return {symbol: id} of a vocab.json.
 
     Raises:
       UserError: if it is not one, or lacks a symbol without which some text would have no ids.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        found = json.loads(content.decode("utf-8"))
+    except ValueError as e:
         raise UserError(f"CLIP vocabulary {str(path)!r}: not readable ({e}); take the published file") from None
     if not isinstance(found, dict) or not all(type(i) is int and i >= 0 for i in found.values()):
         raise UserError(f"CLIP vocabulary {str(path)!r}: not an object of symbols and ids; take the published file")
@@ -200,15 +231,15 @@ def _vocabulary(path: pathlib.Path) -> dict[str, int]:
     return found
 
 
-def _merges(path: pathlib.Path, ids: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(content: bytes, ids: dict[str, int], path: pathlib.Path) -> list[tuple[str, str]]:
     """Return the pairs of a merges.txt.
 
     Raises:
       UserError: if a line is no pair, or joins to what the vocabulary lacks.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as e:
+        lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
+    except ValueError as e:
         raise UserError(f"CLIP merges {str(path)!r}: not readable ({e}); take the published file") from None
     found = []
     for number, line in enumerate(lines, 1):
