@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from cm3jax import checkpoint, config
-from cm3jax.data import scenes, shards, tokens
+from cm3jax.data import scenes, scenes_tasks, shards, tokens
 from cm3jax.evaluate import pictures as closeness
 from cm3jax.evaluate import protocol, samples
+from cm3jax.evaluate import scenes as judges
 
 
 @pytest.fixture
@@ -94,6 +95,18 @@ def prepared(tmp_path_factory):
             for i in range(7):
                 writer.write(scenes.record("easy", 0, i, split, 32))
     return folder
+
+
+def test_every_captioning_document_of_the_tasks_is_a_pair_without_the_words_around_it(tmp_path):
+    with shards.Writer(tmp_path, "test") as writer:
+        for i in range(4 * len(scenes_tasks.ORDER)):
+            writer.write(scenes.record("tasks", 0, i, "test", 48))
+    found = protocol.pairs(tmp_path, "test", 9)
+    assert len(found) == 4 and found.level == "tasks"
+    assert all(
+        judges.score(scenes.parse(c, "tasks"), t).whole for c, t in zip(found.captions, found.truths, strict=True)
+    )
+    assert not any("Describe" in caption for caption in found.captions)
 
 
 def test_every_figure_is_the_sum_of_the_samples_that_are_kept(prepared, monkeypatch, tmp_path):

@@ -26,8 +26,9 @@ from cm3jax.evaluate import scenes as judges
 from cm3jax.evaluate import tasks as answered
 from cm3jax.sample import generate, recall, tasks
 from cm3jax.tasks import table
+from cm3jax.tokenizers import document
 from cm3jax.train import lm
-from cm3jax.types import UserError
+from cm3jax.types import ANSWER, UserError
 
 PACKAGES = ("cm3jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -201,17 +202,26 @@ def first(record) -> tuple[str | None, np.ndarray | None]:
     return text, next((part for part in record.parts if encode.is_picture(part)), None)
 
 
-def plain(record) -> bool:
-    """Return whether a record is a caption and its picture; of tasks, those captions are that begin with no words."""
-    return record.fields.get("task", "caption") == "caption" and not record.fields.get("wording")
+def pair(record) -> tuple[str | None, np.ndarray | None]:
+    """Return a record's caption and picture; None for what it lacks.
+
+    Of the documents of tasks, those of "caption" have one: what stands in its place, without the words around it.
+    """
+    text, picture = first(record)
+    if "task" not in record.fields:
+        return text, picture
+    if record.fields["task"] != "caption" or text is None:
+        return None, None
+    told = [text[slice(*document.characters(text, region))] for region in record.regions if region.kind == ANSWER]
+    return (told or [text])[0], picture
 
 
 def pairs(prepared, split: str, most: int) -> Pairs:
     """Return the first pairs of a split; records without both a text and a picture are passed over."""
     captions, pictures, truths, names, level = [], [], [], [], ""
     for record in shards.Reader(prepared, split):
-        text, picture = first(record)
-        if text is None or picture is None or not plain(record):
+        text, picture = pair(record)
+        if text is None or picture is None:
             continue
         captions.append(text)
         pictures.append(picture)
