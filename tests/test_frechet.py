@@ -49,13 +49,17 @@ def test_batches_add_up_to_the_whole():
     assert np.allclose(parts.mean, whole.mean, rtol=1e-14) and np.allclose(parts.scatter, whole.scatter, rtol=1e-8)
 
 
-def test_fewer_samples_than_features_have_numbers_are_warned_of():
-    few, enough = frechet.moments(features(5, 7)), frechet.moments(features(7, 7))
-    with pytest.warns(UserWarning, match="from 5 samples, fewer than the 7 numbers of a feature"):
-        frechet.distance(few, enough)
+def test_samples_whose_covariance_lacks_directions_are_warned_of():
+    enough = frechet.moments(features(8, 7))
+    for n in (5, 7):
+        few = frechet.moments(features(n, 7))
+        assert np.linalg.matrix_rank(few.covariance) == n - 1 < 7 == np.linalg.matrix_rank(enough.covariance)
+        with pytest.warns(UserWarning, match=f"from {n} samples, too few for the 7 numbers of a feature, which need 8"):
+            frechet.distance(few, enough)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         frechet.distance(enough, enough)
+        frechet.distance(enough, frechet.Statistics(enough.mean, enough.covariance, None))
 
 
 def test_what_has_no_distance_is_one_clear_line():

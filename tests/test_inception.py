@@ -184,4 +184,4 @@ def test_the_fid_of_two_folders_equals_that_of_pytorch_fid(tmp_path, monkeypatch
     (a, b), (c, d) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (act @ basis for act in acts))
     wanted = fid_score.calculate_frechet_distance(a, b, c, d)
     assert wanted > 1 and found["value"] == pytest.approx(wanted, rel=1e-3)
-    assert "from 11 samples, fewer than the 2048 numbers" in found["warning"]
+    assert "from 11 samples, too few for the 2048 numbers" in found["warning"]

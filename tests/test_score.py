@@ -185,7 +185,7 @@ def test_too_few_samples_are_warned_of_in_the_result(sides, tmp_path):
     found = score.score(few, sides[1], SMALL, tmp_path / "r.json", tmp_path / "c", say=lines.append, tools=Tools())[
         "metrics"
     ]["fid"]
-    assert "from 4 samples, fewer than the 5 numbers of a feature" in found["warning"]
+    assert "from 4 samples, too few for the 5 numbers of a feature, which need 6" in found["warning"]
     assert "warning: Frechet distance from 4 samples" in lines[0]
     assert "warning" not in run(tmp_path, *sides, "fid")["metrics"]["fid"]
 

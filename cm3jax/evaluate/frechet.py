@@ -86,19 +86,20 @@ def total(parts: Iterable[np.ndarray], size: int) -> Moments:
 
 def doubt(a: Moments | Statistics, b: Moments | Statistics) -> str:
     """Return what is to be said of a distance from too few samples; "" for enough."""
-    size, few = len(a.mean), min([x.count for x in (a, b) if x.count is not None], default=len(a.mean))
-    if few >= size:
+    needed = len(a.mean) + 1  # deviations from their mean add up to nothing: the rank of n of them is at most n - 1
+    few = min([x.count for x in (a, b) if x.count is not None], default=needed)
+    if few >= needed:
         return ""
     return (
-        f"Frechet distance from {few} samples, fewer than the {size} numbers of a feature: too high, and only"
-        " comparable at the same number of samples"
+        f"Frechet distance from {few} samples, too few for the {needed - 1} numbers of a feature, which need {needed}:"
+        " too high, and only comparable at the same number of samples"
     )
 
 
 def distance(a: Moments | Statistics, b: Moments | Statistics) -> float:
     """Return the squared Frechet distance, the figure that is published as FID.
 
-    Warns if a set has fewer samples than the features have numbers: its covariance then lacks directions, and the
+    Warns if a set has no more samples than the features have numbers: its covariance then lacks directions, and the
     figure says more about the number of samples than about the pictures.
 
     Raises:
