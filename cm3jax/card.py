@@ -335,7 +335,7 @@ def model_flops(recipe: configs.Recipe, name: str, done: dict[str, int]) -> floa
 
 FIGURE = {"object_accuracy": "accuracy", "scene_accuracy": "whole"}
 """Name in scores.json -> name of the same in `evaluate.samples.FIGURES`; others have the same."""
-ASIDE = {"samples", "examples", "codes", "documents", "candidates", "sampling"}
+ASIDE = {"samples", "examples", "codes", "documents", "candidates", "sampling", "checkpoint"}
 """Names in scores.json of numbers that are no figures; lists, such as those of all settings, are passed over."""
 
 

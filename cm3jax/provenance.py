@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 from xml.etree import ElementTree
@@ -89,6 +90,18 @@ def fields(made: Made) -> PngImagePlugin.PngInfo:
         found.add_itxt(name, values[name])
     found.add_itxt(XMP, PACKET.format(made.source))
     return found
+
+
+def evaluated(scores: Mapping[str, Any]) -> Model:
+    """Return the model that an evaluation's scores are of; what an older one does not tell is not recorded."""
+    told = scores.get("protocol", {}).get("checkpoint", {})
+    return Model(scores.get("name", ""), told.get("step"), told.get("weights", "not recorded"))
+
+
+def documents(examples: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], ...]:
+    """Return key, source and licence of the documents that were shown before an evaluation's examples."""
+    found = (one for example in examples for one in example.get("documents", ()))
+    return tuple({name: one[name] for name in ("key", "source", "license") if name in one} for one in found)
 
 
 def version() -> str:

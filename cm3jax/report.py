@@ -74,13 +74,9 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 def made(report: dict[str, Any], drawn: list[dict[str, Any]]) -> provenance.Made:
     """Return what the pictures of samples.png were made from."""
-    protocol, how = report.get("protocol", {}), report.get("text_to_image", {}).get("sampling", {})
-    checkpoint = protocol.get("checkpoint", {})
-    model = provenance.Model(report.get("name", ""), checkpoint.get("step"), checkpoint.get("weights", "not recorded"))
-    told = ("key", "source", "license")
-    documents = (one for example in drawn for one in example.get("documents", ()))
-    shown = tuple({name: one[name] for name in told if name in one} for one in documents)
-    return provenance.Made(model, "\n".join(e["caption"] for e in drawn), protocol.get("seed"), 0, how, shown)
+    seed, how = report.get("protocol", {}).get("seed"), report.get("text_to_image", {}).get("sampling", {})
+    model, captions = provenance.evaluated(report), "\n".join(e["caption"] for e in drawn)
+    return provenance.Made(model, captions, seed, 0, how, provenance.documents(drawn))
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

@@ -110,6 +110,12 @@ def test_an_evaluation_with_a_memory_names_the_documents_that_it_showed(made, ke
         shown = [example["documents"] for example in examples[task]]
         assert all(len(row) == 1 and row[0]["key"] in keys and row[0]["license"] == "Apache-2.0" for row in shown)
         assert all((made / "evaluate" / row[0]["picture"]).is_file() for row in shown)
+    found = provenance.read(made / "evaluate" / "text_to_image-000-picture.png")
+    assert (found["weights"], json.loads(found["settings"])["candidates"]) == (generate.identity(made)[1], 2)
+    assert [row["key"] for row in json.loads(found["documents"])] == [
+        row["key"] for row in examples["text_to_image"][0]["documents"]
+    ]
+    assert set(scores["protocol"]["data"]) == set(scores["protocol"]["samples"]) >= {"test"}
     run.publish(made)
     page = (made / "report.html").read_text()
     assert all(row[0]["key"] in page for row in shown)

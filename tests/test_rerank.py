@@ -9,6 +9,7 @@ import pytest
 import test_generate
 
 from cm3jax import config as configs
+from cm3jax import provenance
 from cm3jax.data import scenes, scenes_world
 from cm3jax.evaluate import protocol
 from cm3jax.retrieval import memory
@@ -227,6 +228,10 @@ def test_documents_of_examples_are_filed_with_their_pictures(tmp_path):
     row = json.loads((tmp_path / "examples.json").read_text())["text_to_image"][0]
     assert row["picture"] == "text_to_image-000-picture.png" and row["documents"][0]["key"] == "k"
     assert all((tmp_path / name).is_file() for name in (row["picture"], row["documents"][0]["picture"]))
+    found = provenance.read(tmp_path / row["picture"])
+    assert found["documents"] == '[{"key": "k"}]' and found["weights"] == "not recorded"
+    with pytest.raises(UserError, match="does not say where it came from"):
+        provenance.read(tmp_path / row["documents"][0]["picture"])
 
 
 def test_candidates_need_a_recipe_that_retrieves():

@@ -9,19 +9,18 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from cm3jax import checkpoint, sharding
+from cm3jax import checkpoint, provenance, sharding, stages
 from cm3jax import config as configs
 from cm3jax.data import encode, pipeline, retrieved, scenes, shards, tokens
 from cm3jax.data.scenes_world import TASKS, Scene, from_json
 from cm3jax.evaluate import pictures as closeness
-from cm3jax.evaluate import samples
+from cm3jax.evaluate import results, samples
 from cm3jax.evaluate import scenes as judges
 from cm3jax.evaluate import tasks as answered
 from cm3jax.sample import generate, recall, tasks
@@ -31,6 +30,17 @@ from cm3jax.train import lm
 from cm3jax.types import ANSWER, UserError
 
 PACKAGES = ("cm3jax", "jax", "jaxlib", "flax", "optax", "numpy")
+JUDGED_BY = ("boxes", "edges", "letters", "scenes", "segmentation", "tasks")
+JUDGED_BY = (
+    *(f"evaluate/{name}" for name in JUDGED_BY),
+    *(f"data/scenes{name}" for name in ("", "_recognise", "_render", "_words", "_world")),
+    *(f"data/scenes_tasks{name}" for name in ("", "_read", "_render")),
+    "tasks/table",
+    "tasks/templates",
+)
+"""Modules that decide the figures of tasks."""
+SCORED_BY = (*JUDGED_BY, "evaluate/pictures", "evaluate/protocol")
+"""Modules that decide a figure of scores.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +124,7 @@ def evaluate(recipe: configs.Recipe, run, say: Callable[[str], None] = print) ->
         scores["start"] = begun(recipe, artist, run, measure, splits, say)
     step, weights = generate.identity(run, step)
     scores["protocol"]["checkpoint"] = {"step": step, "weights": weights, "validation_loss": losses}
+    scores["protocol"]["data"] = fingerprints(run, list(splits))
     samples.write(run / "evaluate", table)
     save(run / "evaluate", scores, examples)
     return scores
@@ -127,7 +138,8 @@ def begun(recipe: configs.Recipe, artist: "Artist", run: pathlib.Path, measure, 
     scores, *_ = score(recipe, before, measure, splits, say)
     if splits["test"].level == TASKS:
         scores["tasks"], *_ = answers(recipe, before, run, scores, say)
-    return {name: scores[name] for name in BEGUN if name in scores}
+    drawn_by = dict(zip(("step", "weights"), generate.identity(recipe.decoder.start), strict=True))
+    return {"checkpoint": drawn_by} | {name: scores[name] for name in BEGUN if name in scores}
 
 
 BEGUN = ("text_to_image", "image_to_text", "infill", "perplexity", "tasks")
@@ -293,19 +305,22 @@ def shown(examples: list[dict], documents: list[list[dict]]) -> None:
 
 def protocol(recipe, splits) -> dict:
     """Return what a reader needs to judge or repeat the figures."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "samples": {name: len(split) for name, split in splits.items()},
         "seed": recipe.evaluate.seed,
         "chosen_on": "validation" if "validation" in splits else "nothing: the first setting",
-        "versions": versions,
+        "dtype": recipe.decoder.model.dtype,
+        "resolution": recipe.prepare.resolution,
+        "versions": {name: results.version(name) for name in PACKAGES},
+        "code": results.code(SCORED_BY),
         "device": jax.devices()[0].device_kind,
     }
+
+
+def fingerprints(run: pathlib.Path, splits: list[str]) -> dict[str, str]:
+    """Return the fingerprint of the records of each split, whatever the others hold."""
+    found = shards.files(run / "prepared")
+    return {name: stages.fingerprint(run, [str(path.relative_to(run)) for path in found[name]]) for name in splits}
 
 
 # ------------------------------------------------------------------------------------------------------------- tasks
@@ -545,9 +560,9 @@ def save(folder: pathlib.Path, scores: dict, examples: dict[str, list[dict]]) ->
     """Write scores.json and examples.json; a picture in an example becomes a PNG file and its name."""
     folder.mkdir(parents=True, exist_ok=True)
 
-    def filed(value, name: str):
+    def filed(value, name: str, fields=None):
         if isinstance(value, np.ndarray):
-            Image.fromarray(value).save(folder / f"{name}.png")
+            Image.fromarray(value).save(folder / f"{name}.png", pnginfo=fields)
             return f"{name}.png"
         if isinstance(value, dict):
             return {key: filed(inner, f"{name}-{key}") for key, inner in value.items()}
@@ -555,6 +570,28 @@ def save(folder: pathlib.Path, scores: dict, examples: dict[str, list[dict]]) ->
             return [filed(inner, f"{name}-{i:03d}") for i, inner in enumerate(value)]
         return value
 
-    out = {task: filed(rows, task) for task, rows in examples.items()}
+    def row(task: str, i: int, example: dict) -> dict:
+        drawn = DRAWN.get(task)
+        fields = provenance.fields(made(scores, task, example, i)) if drawn else None
+        return {key: filed(x, f"{task}-{i:03d}-{key}", fields if key == drawn else None) for key, x in example.items()}
+
+    out = {task: [row(task, i, example) for i, example in enumerate(rows)] for task, rows in examples.items()}
     (folder / "examples.json").write_text(json.dumps(out, indent=1) + "\n")
     (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+
+
+DRAWN = {"text_to_image": "picture", "infill": "picture", "tasks": "drawn"}
+"""Task -> field of an example with what the model drew; other pictures were given, or only encoded and decoded."""
+
+
+def made(scores: dict, task: str, example: dict, index: int) -> provenance.Made:
+    """Return what an example's picture was made from; those of tasks are drawn as those from captions."""
+    own = scores.get("text_to_image" if task == "tasks" else task, {})
+    how = own.get("sampling", {})
+    if task == "tasks":
+        prompt, index, how = example["said"], 0, how | {"task": example["task"]}  # the first of its call
+    else:
+        prompt, how = example["caption"], how | {name: own[name] for name in ("candidates",) if name in own}
+    source = "compositeWithTrainedAlgorithmicMedia" if task == "infill" else "trainedAlgorithmicMedia"
+    model, seed = provenance.evaluated(scores), scores.get("protocol", {}).get("seed")
+    return provenance.Made(model, prompt, seed, index, how, provenance.documents([example]), source)

@@ -42,12 +42,6 @@ PARTS = ("text", "image", "decoder", "retriever", "bank")
 """Folders of a run that what it draws and writes depends on."""
 NOTHING = "."
 """Stands for an empty text of the model, which no format of results has; scores count no word in it."""
-JUDGED_BY = ("evaluate/tasks", "evaluate/scenes", "data/scenes_recognise", "data/scenes_tasks_read")
-JUDGED_BY += (
-    "data/scenes_tasks_render",
-    *(f"evaluate/{name}" for name in ("segmentation", "edges", "boxes", "letters")),
-)
-"""Modules that decide the figures of tasks."""
 
 
 Work = Callable[[list[Record], list[int], int], list]
@@ -393,7 +387,7 @@ def answered(bench: Bench, out: pathlib.Path) -> dict:
     rows = bench.rows(fits, f"tasks: a document of scenes:{TASKS}", every)
     how = decoded(settings, draw, write=configs.to_json(settings.write), max_text=settings.max_text)
     folder = bench.folder("tasks", rows, how | {"samples": settings.samples})
-    if before := known(bench, out, folder, JUDGED_BY):
+    if before := known(bench, out, folder, protocol.JUDGED_BY):
         return before
 
     def answer(task: str, values: Sequence[Mapping[str, Any]], wording: int) -> list[dict[str, Any]]:
@@ -409,7 +403,7 @@ def answered(bench: Bench, out: pathlib.Path) -> dict:
     told = {"set": f"scenes:{TASKS}", "reference": {"data": bench.documents(rows)}}
     metrics = {}
     for name, value, samples in flat(found):
-        protocol_ = {"samples": samples, **told, "code": results.code(JUDGED_BY), **how}
+        protocol_ = {"samples": samples, **told, "code": results.code(protocol.JUDGED_BY), **how}
         metrics[name] = {"value": value, "protocol": protocol_}
         bench.say(f"suite tasks: {name}: {value:.6g}")
     result = {"predictions": str(folder), "metrics": metrics}
