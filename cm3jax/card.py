@@ -1,7 +1,8 @@
 """The model card of a run: Markdown with the front matter that Hugging Face reads, from facts on disk alone.
 
 Every line says what a file of the run says: recipe.json, the stages' stage.json, prepared/summary.json, the token
-shards, checkpoints, evaluate/scores.json and samples.jsonl. What none of them says is "not recorded", and stands there.
+shards, checkpoints, evaluate/scores.json and samples.jsonl, suites/*.json. What none of them says is "not recorded",
+and stands there.
 """
 
 import collections
@@ -21,7 +22,7 @@ from cm3jax import checkpoint, provenance, report, stages, trees
 from cm3jax import config as configs
 from cm3jax import run as runs
 from cm3jax.data import tokens
-from cm3jax.evaluate import samples
+from cm3jax.evaluate import results, samples
 from cm3jax.nn import decoder, flops
 from cm3jax.sample import generate
 from cm3jax.train import lm
@@ -79,6 +80,7 @@ def card(run: pathlib.Path, also: Sequence[pathlib.Path] = (), by: Sequence[str]
         ["## Training", "", *training(recipe, run)],
         ["## Compute", "", *compute(recipe, run)],
         ["## Scores", "", *scoring(run, also, recipe, others)],
+        *([["## Scores of suites", "", *told]] if (told := suites(run)) else []),
         *(["## Scores by " + plain(name), "", *grouped(samples.read(run / "evaluate"), name)] for name in by),
         ["## Not recorded", "", "This program keeps no record of:", "", *(f"- {line}" for line in UNSAID)],
         ["## All settings", "", "```json", json.dumps(configs.to_json(recipe), indent=1), "```"],
@@ -381,11 +383,39 @@ def protocol(found: dict[str, Any]) -> list[str]:
         ("records", count),
         ("settings chosen on", told.get("chosen_on")),
         ("seed", told.get("seed")),
+        ("fingerprints of the data", ", ".join(f"{x} of {split}" for split, x in told.get("data", {}).items())),
+        ("dtype of the network", told.get("dtype")),
+        ("side of pictures, px", told.get("resolution")),
+        ("digest of the code that decides figures", told.get("code", {}).get("modules")),
         ("device", told.get("device")),
         ("versions", versions),
         ("how pictures are drawn", report.sampling_name(drawn) if drawn else UNKNOWN),
     ]
     return table(("", ""), rows)
+
+
+def suites(run: pathlib.Path) -> list[str]:
+    """Return what each suite found, with the protocols of its figures; [] if none was run."""
+    lines = []
+    for path in sorted((run / "suites").glob("*.json")):
+        found = results.read(path)
+        told, metrics = found.get("model", {}), found["metrics"]
+        model = ", ".join(f"{name} {plain(told.get(name))}" for name in ("step", "weights", "dtype", "resolution"))
+        rows = []
+        for name, one in metrics.items():
+            spread = f"{one['deviation']:.4g}" if "deviation" in one else None
+            rows.append((name, f"{one['value']:.4g}", spread, one["protocol"].get("samples")))
+        lines += ["", f"### {plain(path.stem)}", "", f"Model: {model}.", ""]
+        lines += table(("score", "value", "standard deviation", "samples"), rows)
+        lines += [f"\n{plain(name)}: {plain(x['warning'])}." for name, x in metrics.items() if "warning" in x]
+        groups: dict[str, list[str]] = {}
+        for name, one in metrics.items():
+            own = {k: v for k, v in stages.flatten(one["protocol"]).items() if k != "samples"}
+            groups.setdefault(", ".join(f"{k} = {v}" for k, v in own.items()), []).append(name)
+        for text, names in groups.items():
+            whose = f" of {', '.join(map(plain, names))}" if len(groups) > 1 else ""
+            lines += ["", f"Protocol{whose}: {plain(text)}."]
+    return lines[1:]
 
 
 def shown(value: float | int | None) -> str:
@@ -447,9 +477,8 @@ def is_seed(name: str) -> bool:
 
 def over_runs(folders: list[pathlib.Path], recipes: list[configs.Recipe]) -> list[str]:
     """Return each score's mean and spread over runs, and in which seeds the runs differ."""
-    found = []
-    for folder in folders:
-        found.append(figures(report.read(folder / "evaluate" / "scores.json")))
+    scores = [report.read(folder / "evaluate" / "scores.json") for folder in folders]
+    found = [figures(one) for one in scores]
     rows = []
     for name in found[0]:
         values = [one[name] for one in found if one.get(name) is not None]
@@ -460,7 +489,16 @@ def over_runs(folders: list[pathlib.Path], recipes: list[configs.Recipe]) -> lis
     differ = [name for name in flat[0] if len({one[name] for one in flat}) > 1]
     seeds = "; ".join(f"{name} {', '.join(str(one[name]) for one in flat)}" for name in differ)
     head = f"Over {len(found)} runs of this recipe, which differ in {seeds or 'nothing, not even a seed'}:"
-    return [head, "", *table(("score", "mean", "standard deviation", "least", "largest"), rows)]
+    return [head, "", *mixed(scores), *table(("score", "mean", "standard deviation", "least", "largest"), rows)]
+
+
+def mixed(scores: list[dict[str, Any]]) -> list[str]:
+    """Return in what the protocols of several evaluations differ, beside the runs' own checkpoints and seeds."""
+    told = [{k: v for k, v in one.get("protocol", {}).items() if k not in ("checkpoint", "seed")} for one in scores]
+    if not (rows := results.differing(told)):
+        return []
+    head = "Evaluated by different protocols, so that what lies between the runs is not their seeds' alone:"
+    return [head, "", *table(("", *(f"run {i + 1}" for i in range(len(scores)))), rows), ""]
 
 
 def grouped(rows: list[dict], name: str) -> list[str]:

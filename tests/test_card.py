@@ -188,12 +188,66 @@ def test_spread_over_runs_is_that_of_their_seeds_alone(run, prepared, tmp_path, 
     wanted = [np.mean([first, 0.5]), np.std([first, 0.5], ddof=1), 0.5, first]
     assert cells(found, "text_to_image.object_accuracy") == [f"{x:.3f}" for x in wanted]
     assert cells(found, "perplexity.image") == ["not recorded"] * 4
+    assert "different protocols" not in found
     longer = dataclasses.replace(other.decoder, training=dataclasses.replace(training, steps=50))
     three = make(tmp_path / "three", prepared, recipe=dataclasses.replace(other, decoder=longer))
     with pytest.raises(
         UserError, match=r"its decoder.training.steps is 50, the other run's 40; give runs of one recipe"
     ):
         card.card(run, [three])
+
+
+def test_runs_that_were_evaluated_otherwise_are_not_averaged_without_a_word(run, prepared, tmp_path):
+    two = make(tmp_path / "two", prepared, lambda i: 1)
+    path = two / "evaluate" / "scores.json"
+    scores = json.loads(path.read_text())
+    scores["protocol"] |= {"device": "TPU v5 lite", "seed": 6, "code": {"modules": "abc"}, "dtype": "float32"}
+    scores["protocol"]["checkpoint"]["step"] = 30
+    scores["start"] = {"checkpoint": {"step": 1}, "infill": {"object_accuracy": 0.25}}
+    path.write_text(json.dumps(scores))
+    found = card.card(run, [two]).split("Over 2 runs of this recipe")[1].split("##")[0]
+    section = found.split("Evaluated by different protocols")[1].split("| score |")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()[4:-1]]
+    assert rows == [
+        ["device", "not recorded", "TPU v5 lite"],
+        ["code.modules", "not recorded", "abc"],
+        ["dtype", "not recorded", "float32"],
+    ]
+    text = card.card(two)
+    assert cells(text, "dtype of the network") == ["float32"] and cells(text, "seed") == ["6"]
+    assert cells(text, "start.infill.object_accuracy")[0] == "0.250" and "start.checkpoint" not in text
+
+
+def test_figures_of_suites_stand_in_the_card_with_their_protocols_and_their_model(prepared, tmp_path):
+    run = make(tmp_path / "run", prepared)
+    assert "## Scores of suites" not in card.card(run)
+    (run / "suites" / "pictures-01234567").mkdir(parents=True)
+    same = {"reference": {"count": 40, "data": "aa"}, "code": {"modules": "cc"}}
+    fid = {"value": 23.4567, "warning": "too few", "protocol": {"samples": 50, "features": {"resize": "clean"}} | same}
+    kid = {"value": 0.0125, "deviation": 0.5, "protocol": {"samples": 50, "subsets": 100} | same}
+    model = {"step": 40, "weights": "0123", "dtype": "bfloat16", "resolution": 64}
+    (run / "suites" / "pictures.json").write_text(json.dumps({"metrics": {"fid": fid, "kid": kid}, "model": model}))
+    cider = {
+        name: {"value": 1.25, "protocol": {"samples": n, "set": "a|b"}} for name, n in (("CIDEr", 9), ("BLEU-4", 8))
+    }
+    (run / "suites" / "captions.json").write_text(json.dumps({"metrics": cider}))
+    text = card.card(run).split("## Scores of suites\n")[1].split("\n## ")[0]
+    first, second = text.split("### pictures")
+    assert first.startswith("\n### captions\n\nModel: step not recorded, weights not recorded")
+    assert cells(first, "CIDEr") == ["1.25", "not recorded", "9"] and cells(first, "BLEU-4")[2] == "8"
+    assert first.count("Protocol") == 1 and "\nProtocol: set = a&#124;b." in first
+    assert (
+        cells(second, "kid")[0] == "0.0125"
+        and "Model: step 40, weights 0123, dtype bfloat16, resolution 64." in second
+        and "fid: too few." in second
+    )
+    assert cells(second, "fid") == ["23.46", "not recorded", "50"] and cells(second, "kid")[1] == "0.5"
+    whole = "reference.count = 40, reference.data = aa, code.modules = cc."
+    assert f"\nProtocol of fid: features.resize = clean, {whole}" in second
+    assert f"\nProtocol of kid: subsets = 100, {whole}" in second
+    (run / "suites" / "captions.json").write_text("{")
+    with pytest.raises(UserError, match="captions.json': not a file that cm3jax score writes"):
+        card.card(run)
 
 
 def test_a_run_of_which_nothing_is_known_has_a_card_that_says_so(tmp_path):

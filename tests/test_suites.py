@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import random_run
 import talking_run
 from PIL import Image
 
-from cm3jax import cli
+from cm3jax import cli, provenance
 from cm3jax import config as configs
 from cm3jax import run as stage
 from cm3jax.data import scenes, shards
@@ -72,11 +73,17 @@ def write(folder, found):
     return folder
 
 
+def pretend(monkeypatch, found):
+    """Put a made-up model in the place of a run's."""
+    name = lambda run, step: (step or 7, configs.digest((run / "decoder" / "weights").read_text()))  # noqa: E731
+    monkeypatch.setattr(suites.generate, "load", lambda run, batch, step: found)
+    monkeypatch.setattr(suites.generate, "identity", name)
+    return found
+
+
 @pytest.fixture
 def model(monkeypatch):
-    found = Model()
-    monkeypatch.setattr(suites.generate, "load", lambda run, batch, step: found)
-    return found
+    return pretend(monkeypatch, Model())
 
 
 @pytest.fixture
@@ -162,7 +169,9 @@ def test_candidates_are_ranked_by_likelihood_behind_what_was_said_before(tmp_pat
     model.likelihood = lambda prompts, texts: asked.append(texts) or likely
     monkeypatch.setattr(suites.tasks, "encoded", lambda generator, task, rows: rows)
     monkeypatch.setattr(suites.templates, "prompt", lambda task, row, *how: asked.append(row["question"]))
-    found = values(scored(run, "visdial")["visdial"])
+    result = scored(run, "visdial")["visdial"]
+    found = values(result)
+    assert result["metrics"]["NDCG"]["protocol"]["decoding"]["seed"] == 3
     assert asked == ["A dog. is it wet? yes. is it old", [" a", " b", " c"]]  # as training has them behind a word
     (said,) = json.loads(next(run.glob("suites/visdial-*/said.json")).read_text())
     assert said == {"image_id": "42", "round_id": 2, "ranks": [3, 1, 2]}
@@ -181,6 +190,29 @@ def test_pictures_are_drawn_from_first_captions_beside_those_held_out(run, model
     assert found["metrics"]["psnr"]["protocol"]["decoding"]["candidates"] == 1
     lines = [json.loads(line) for line in (folder / "drawn" / "metadata.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == [*first, "A cat sleeps."]
+    told = [provenance.read(folder / "drawn" / f"{i:06d}.png") for i in range(4)]
+    assert [(one["prompt"], one["seed"], one["index"]) for one in told] == [
+        *((text, "3", str(i)) for i, text in enumerate(first)),
+        ("A cat sleeps.", "4", "0"),
+    ]
+    assert {(one["weights"], one["step"]) for one in told} == {(found["model"]["weights"], "7")}
+    assert not any("prompt" in Image.open(path).info for path in (folder / "real").iterdir()), "nobody drew those"
+
+
+def test_results_of_different_models_say_so_and_stand_in_one_table(run, model):
+    paths, told = [], []
+    for name in ("a", "b"):
+        (run / "decoder" / "weights").write_text(name)
+        told.append(scored(run, "captions", "pictures"))
+        for suite in told[-1]:
+            paths.append(run / f"{suite}-{name}.json")
+            shutil.copy(run / "suites" / f"{suite}.json", paths[-1])
+    for suite in told[0]:
+        first, second = (one[suite]["model"] for one in told)
+        assert first["weights"] != second["weights"] and first | {"weights": ""} == second | {"weights": ""}
+        assert first | {"weights": ""} == {"step": 7, "weights": "", "dtype": "bfloat16", "resolution": 256}
+        assert json.loads((run / f"{suite}-b.json").read_text())["model"] == second
+        assert "[a]" not in results.table([path for path in paths if path.name.startswith(suite)])
 
 
 def test_an_interrupted_suite_continues_with_the_block_that_lacks(run, model, monkeypatch):
@@ -206,7 +238,7 @@ def test_what_is_known_is_not_made_again_and_what_changed_is(run, model, monkeyp
     }
     assert not model.asked and all(line.endswith("(known)") for line in lines) and len(lines) == 8
     monkeypatch.undo()
-    monkeypatch.setattr(suites.generate, "load", lambda run, batch, step: model)
+    pretend(monkeypatch, model)
     scored(run, "captions", recipe=dataclasses.replace(RECIPE, evaluate=dataclasses.replace(RECIPE.evaluate, seed=5)))
     (run / "decoder" / "weights").write_text("others")
     scored(run, "captions")
@@ -238,7 +270,7 @@ def test_tasks_are_answered_once_and_scored_each_with_its_protocol(tasks_run, mo
         read = [templates.read(task, one.parts) for one in found]
         return [{name: row[name] for name in table.TASKS[task].answer} for row in read][: len(rows)]
 
-    monkeypatch.setattr(suites.generate, "load", lambda *x: None)
+    pretend(monkeypatch, None)
     monkeypatch.setattr(suites.tasks, "answer", answer)
     found = scored(tasks_run, "tasks")["tasks"]
     assert set(values(found).values()) == {1.0} and found["metrics"]["edit"]["protocol"]["samples"] == 2

@@ -7,9 +7,10 @@
     visdial    candidates for an answer, by their likelihood, against how fitting people found each (`words`)
     tasks      answers to the embedded world's tasks, against their exact truth (`tasks`)
 
-Each leaves RUN/suites/NAME.json, a result file. What the model gave lies in RUN/suites/NAME-XXXXXXXX/, in blocks, where
-XXXXXXXX stands for all that decides it: weights, decoding, documents. So an interrupted suite continues, and what is
-known already is not made again.
+Each leaves RUN/suites/NAME.json, a result file. It names the model beside the figures, not in their protocols: models
+are what one compares. What the model gave lies in RUN/suites/NAME-XXXXXXXX/, in blocks, where XXXXXXXX stands for all
+that decides it: weights, decoding, documents. So an interrupted suite continues, and what is known already is not made
+again.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cm3jax import checkpoint, stages
+from cm3jax import checkpoint, provenance, stages
 from cm3jax import config as configs
 from cm3jax.data import shards
 from cm3jax.data.scenes_world import TASKS
@@ -89,6 +90,16 @@ class Bench:
         names = [name for part in PARTS for name in stages.files(self.run, part)]
         step = checkpoint.steps(self.run / "decoder")[-1] if self.decoding.step is None else self.decoding.step
         return configs.digest(stages.fingerprint(self.run, names), step)
+
+    @functools.cached_property
+    def model(self) -> provenance.Model:
+        return provenance.Model(self.recipe.name, *generate.identity(self.run, self.decoding.step))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a result file tells of the model."""
+        dtype, side = self.recipe.decoder.model.dtype, self.recipe.prepare.resolution
+        return {"step": self.model.step, "weights": self.model.weights, "dtype": dtype, "resolution": side}
 
     def rows(self, fits: Callable[[Record], Any], what: str, most: int = 0) -> list[int]:
         """Return the places of the first documents that fit.
@@ -158,8 +169,13 @@ def evaluate(
     if (asks := sorted({"vqa", "science-qa", "visdial", "tasks"} & set(names))) and recipe.form.kind != "cm3leon":
         raise UserError(f"suite {asks[0]} asks as CM3Leon's documents do; {run} is of form {recipe.form.kind}")
     bench = Bench(run, recipe, shards.Reader(pathlib.Path(held_out) / "prepared", split), decoding, scoring, say)
+    found = {}
     with stages.locked(run):
-        return {name: SUITES[name](bench, run / "suites" / f"{name}.json") for name in names}
+        for name in names:
+            out = run / "suites" / f"{name}.json"
+            found[name] = SUITES[name](bench, out) | {"model": bench.about}
+            write_text(out, json.dumps(found[name], indent=1) + "\n")
+    return found
 
 
 def known(bench: Bench, out: pathlib.Path, folder: pathlib.Path, modules: tuple[str, ...]) -> dict | None:
@@ -331,7 +347,8 @@ def visdial(bench: Bench, out: pathlib.Path) -> dict:
 
     needed = ("relevance", "candidates", "caption", "history", "round")
     fits = lambda record: all(truth_of(record, name, "question") != () for name in needed)  # noqa: E731
-    how = {"decoding": {"ranked by": "likelihood", "asked": "caption, history, question"}}
+    how = {"ranked by": "likelihood", "asked": "caption, history, question", "seed": bench.recipe.evaluate.seed}
+    how = {"decoding": how}
     return spoken(bench, "visdial", out, fits, "a question with judged candidates", how, work, files)
 
 
@@ -360,11 +377,15 @@ def pictures(bench: Bench, out: pathlib.Path) -> dict:
     def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
         texts, picks = [told(record)[0] for record in records], settings.candidates > 1
         memory, encoder = bench.memory if count else None, bench.memory.encoder if picks else None
-        drawn, _ = recall.draw(bench.generator, texts, seed, draw, memory, count, encoder, settings.candidates)
-        for side, found in (("drawn", drawn), ("real", [protocol.first(record)[1] for record in records])):
+        drawn, shown = recall.draw(bench.generator, texts, seed, draw, memory, count, encoder, settings.candidates)
+        asked = configs.to_json(draw) | {"candidates": settings.candidates}
+        for side in ("drawn", "real"):
             (folder / side).mkdir(exist_ok=True)
-            for number, picture in zip(numbers, found, strict=True):
-                Image.fromarray(picture).save(folder / side / f"{number:06d}.png")
+        for i, (number, record) in enumerate(zip(numbers, records, strict=True)):
+            documents = tuple(one.origin for one in shown[i])
+            made = provenance.Made(bench.model, texts[i], seed, i, asked, documents)
+            Image.fromarray(drawn[i]).save(folder / "drawn" / f"{number:06d}.png", pnginfo=provenance.fields(made))
+            Image.fromarray(protocol.first(record)[1]).save(folder / "real" / f"{number:06d}.png")
         return texts
 
     texts = bench.answers(folder, rows, work)
