@@ -147,6 +147,18 @@ def test_a_run_without_examples_or_curves_still_has_a_page(tmp_path):
     assert "bare" in page(tmp_path).text
 
 
+@pytest.mark.parametrize("told", [{}, {"checkpoint": {"step": 7, "weights": "0123abcd"}}])
+def test_the_model_that_training_began_with_is_named_by_its_weights_if_they_are_known(tmp_path, told):
+    run = fake_run.make(tmp_path, n=1)
+    scores = json.loads((run / "report.json").read_text())
+    begun = {task: {"object_accuracy": 0.125} for task in ("text_to_image", "image_to_text", "infill")}
+    (run / "report.json").write_text(json.dumps(scores | {"start": begun | told}))
+    (run / "recipe.json").write_text(json.dumps({"decoder": {"start": "runs/first"}}))
+    report.write(run)
+    text = page(run).text
+    assert "0.125" in text and "runs/first" in text and ("(step 7, weights 0123abcd)" in text) == bool(told)
+
+
 def test_the_sheet_holds_every_picture_enlarged_by_a_whole_number(run):
     sheet = np.asarray(Image.open(run / "samples.png"))
     look = report.Look()
