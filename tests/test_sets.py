@@ -420,6 +420,79 @@ def test_image_paragraph(tmp_path):
     assert texts(found) == {"caption": "A large building. It", "image": "2356347.jpg"} and found.task == "long_caption"
 
 
+def test_a_picture_with_two_paragraphs_is_one_item_with_both(tmp_path):
+    image_paragraph(tmp_path)
+    rows = json.loads((tmp_path / "paragraphs_v1.json").read_text())
+    write(tmp_path / "paragraphs_v1.json", [*rows, rows[0], rows[0] | {"paragraph": "A tower."}])
+    write(tmp_path / "val_split.json", [2356347, 2356347])
+    (found,) = catalogue.read("image_paragraph", tmp_path, "val")
+    assert found.values["caption"] == "A large building. It"
+    assert found.truth == {"captions": ["A large building. It", "A tower."]}
+
+
+NARRATED = {  # as Google names them: set -> split -> (the set and split in the file's name, shards)
+    "ade20k": {"train": ("ade20k_train", 0), "val": ("ade20k_validation", 0)},
+    "coco": {"train": ("coco_train", 4), "val": ("coco_val", 0)},
+    "flickr30k": {split: (f"flickr30k_{split}", 0) for split in ("train", "val", "test")},
+    "open_images": {
+        "train": ("open_images_train_v6", 10),
+        "val": ("open_images_validation", 0),
+        "test": ("open_images_test", 0),
+    },
+}
+
+
+def narrated(root: pathlib.Path, kinds: tuple[str, ...]) -> None:
+    """Write all of Google's files, a narration in each or in each shard; "asr" is what a machine understood."""
+    for name, number in (found for splits in NARRATED.values() for found in splits.values()):
+        rows = [{"dataset_id": name, "image_id": str(i), "caption": f"{name} {i}"} for i in range(number or 1)]
+        if "captions" in kinds:
+            write(root / f"{name}_captions.jsonl", rows)
+        for i, row in enumerate(rows) if "full" in kinds else ():
+            shard = f"-{i:05d}-of-{number:05d}" if number else ""
+            write(root / f"{name}_localized_narratives{shard}.jsonl", [row | {"timed_caption": [], "traces": []}])
+        write(root / f"{name}_asr.jsonl", [row | {"caption": "no"} for row in rows])
+
+
+@pytest.mark.parametrize("kinds", [("captions",), ("full",), ("captions", "full")], ids="+".join)
+@pytest.mark.parametrize("split", catalogue.SPLITS)
+def test_all_narratives_in_a_folder_are_read_once(tmp_path, split, kinds):
+    narrated(tmp_path, kinds)
+    found = [item.truth["captions"][0] for item in catalogue.read("localized_narratives", tmp_path, split)]
+    sets = [splits[split] for splits in NARRATED.values() if split in splits]
+    assert found == [f"{name} {i}" for name, number in sets for i in range(number or 1)]
+
+
+@pytest.mark.parametrize("name", sorted(NARRATED))
+def test_one_set_of_narratives_is_enough(tmp_path, name):
+    narrated(tmp_path, ("captions", "full"))
+    for path in tmp_path.iterdir():
+        if not path.name.startswith(name):
+            path.unlink()
+    assert catalogue.splits("localized_narratives", tmp_path) == tuple(NARRATED[name])
+
+
+def test_a_narrative_is_told_of_its_own_sets_picture(tmp_path):
+    """Flickr30k has a 36979.jpg, and COCO's picture 36979 is another."""
+    where = {
+        ("mscoco_val2017", "36979"): "val2017/000000036979.jpg",
+        ("Flickr30k_val", "36979"): "flickr30k-images/36979.jpg",
+        ("ADE20k_val", "ADE_val_00000001"): "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg",
+        ("open_images_val", "0001eeaf4aed83f9"): "validation/0001eeaf4aed83f9.jpg",
+    }
+    rows = [{"dataset_id": dataset, "image_id": key, "caption": "It is."} for dataset, key in where]
+    write(tmp_path / "all_val_captions.jsonl", rows)
+    for name in where.values():
+        photo(tmp_path / name)
+    for first, name in enumerate(where.values()):
+        found = next(catalogue.read("localized_narratives", tmp_path, "val", first))
+        assert found.values["image"] == tmp_path / name
+        (tmp_path / name).unlink()
+        found = next(catalogue.read("localized_narratives", tmp_path, "val", first))
+        assert not found.values["image"].exists()
+        photo(tmp_path / name)
+
+
 def test_localized_narratives_of_two_people_are_one_group(tmp_path):
     localized_narratives(tmp_path)
     one, two = catalogue.read("localized_narratives", tmp_path, "val")
