@@ -111,7 +111,8 @@ def open_images(root: pathlib.Path, *more: str) -> None:
     with (root / "validation-images-with-rotation.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["ImageID", "Subset", "OriginalURL", "License", "Title"])
-        table.writerow(["0001eeaf4aed83f9", "validation", "https://flickr/1", "https://cc/by/2.0/", 'a "title", here'])
+        for key in dict.fromkeys(row.split(",")[0] for row in rows):
+            table.writerow([key, "validation", "https://flickr/1", "https://cc/by/2.0/", 'a "title", here'])
     photo(root / "validation/0001eeaf4aed83f9.jpg")
 
 
@@ -392,6 +393,18 @@ def test_open_images(tmp_path):
     assert (found.license, found.source) == ("https://cc/by/2.0/", "https://flickr/1")
 
 
+@pytest.mark.parametrize(
+    "name", ["train-images-boxable-with-rotation.csv", "oidv6-train-images-with-labels-with-rotation.csv"]
+)
+def test_open_images_tells_the_licences_of_train_by_its_own_file_names(tmp_path, name):
+    open_images(tmp_path)
+    for old, new in [("annotations-bbox.csv",) * 2, ("images-with-rotation.csv", name.removeprefix("train-"))]:
+        new = new if new.startswith("oidv6") else f"train-{new}"
+        (tmp_path / f"validation-{old}").rename(tmp_path / new)
+    (found,) = catalogue.read("open_images", tmp_path, "train")
+    assert (found.license, found.source) == ("https://cc/by/2.0/", "https://flickr/1")
+
+
 def test_instruct_pix2pix(tmp_path):
     instruct_pix2pix(tmp_path)
     items = list(catalogue.read("instruct_pix2pix", tmp_path, "train"))
@@ -617,7 +630,11 @@ BROKEN = [
         text("class-descriptions-boxable.csv", b"/m/1,Cat\n"),
         "id /m/0cmf2 is not in '.*class-descriptions",
     ),
-    ("open_images", remove("validation/0001eeaf4aed83f9.jpg"), "0001eeaf4aed83f9.jpg'?: missing file"),
+    (
+        "open_images",
+        text("validation-images-with-rotation.csv", b"ImageID,License\n1,x\n"),
+        "bbox.csv': id 0001eeaf4aed83f9 is not in '.*validation-images-with-rotation.csv",
+    ),
     ("open_images", text("validation-annotations-bbox.csv", b"ImageID,XMin\n"), "no column 'YMin' in it"),
     ("instruct_pix2pix", text("data/train-00000-of-00002-9e2c.parquet", b"no"), "9e2c.parquet': no parquet file"),
     (
@@ -684,6 +701,29 @@ def test_rows_of_one_picture_must_stand_together(tmp_path):
         list(catalogue.read("open_images", tmp_path, "val"))
 
 
+def test_without_its_pictures_every_item_of_a_set_is_rejected_and_named(made):
+    name, folder, split = made
+    keys = [found.key for found in catalogue.read(name, folder, split)]
+    pictures = [path for path in folder.rglob("*") if path.suffix in (".jpg", ".png")]
+    for path in pictures:
+        path.unlink()
+    opened = sources.open(config.Prepare(source=f"set:{name}:{folder}:{split}"))
+    found = [example for job in opened.jobs(1) for example in opened.read(job)]
+    if name == "instruct_pix2pix":  # they lie in its parquet files
+        assert not pictures and all(isinstance(example, Example) for example in found)
+        return
+    assert [(bad.reason, bad.where) for bad in found] == [("missing file", f"{name}/{split}:{key}") for key in keys]
+
+
+def test_a_broken_picture_of_open_images_costs_its_item_only(tmp_path):
+    open_images(tmp_path, "b,xclick,/m/0cmf2,1,0,1,0,1,0,0,0,0,0")
+    (tmp_path / "validation/b.jpg").write_bytes(b"no picture")
+    settings = config.Prepare(source=f"set:open_images:{tmp_path}", resolution=16, workers=1)
+    prepare.prepare(settings, tmp_path / "out", progress=False)
+    (bad,) = map(json.loads, (tmp_path / "out/rejects.jsonl").read_text().splitlines())
+    assert bad["where"] == "open_images/val:b"
+
+
 def test_a_missing_picture_costs_its_item_only(tmp_path):
     coco_captions(tmp_path)
     (tmp_path / "val2017/000000000007.jpg").unlink()
@@ -693,12 +733,13 @@ def test_a_missing_picture_costs_its_item_only(tmp_path):
     assert bad.where == "coco_captions/val:7"
 
 
-def test_a_picture_outside_the_folder_is_never_opened(tmp_path):
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_picture_outside_the_folder_is_never_opened(tmp_path, absolute):
     coco_captions(tmp_path / "coco")
     (tmp_path / "secret.png").write_bytes(broken.encoded())
     path = tmp_path / "coco" / CAPTIONS
     value = json.loads(path.read_text())
-    value["images"][0]["file_name"] = "../../secret.png"
+    value["images"][0]["file_name"] = str(tmp_path / "secret.png") if absolute else "../../secret.png"
     write(path, value)
     opened = sources.open(config.Prepare(source=f"set:coco_captions:{tmp_path / 'coco'}"))
     bad, good = [found for job in opened.jobs(1) for found in opened.read(job)]
