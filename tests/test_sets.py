@@ -525,6 +525,15 @@ def test_vqa(tmp_path):
     assert (found.key, found.group, found.license) == ("262148000", "262148", "CC BY 4.0")
 
 
+@pytest.mark.parametrize("name", ["vqa_v2", "visdial"])
+def test_a_pictures_number_may_be_written_as_text(tmp_path, name):
+    MAKERS[name](tmp_path)
+    (found,) = catalogue.read(name, tmp_path, "val")
+    for path in tmp_path.glob("*.json"):
+        path.write_text(re.sub(r'"image_id": (\d+)', r'"image_id": "\1"', path.read_text()))
+    assert list(catalogue.read(name, tmp_path, "val")) == [found]
+
+
 def test_ok_vqa_has_the_answer_of_most_people(tmp_path):
     ok_vqa(tmp_path)
     (found,) = catalogue.read("ok_vqa", tmp_path, "val")
