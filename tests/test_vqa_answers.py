@@ -1,8 +1,8 @@
-"""VQA's normalisation and its rule of ten people, ScienceQA's choices, answerability."""
+"""VQA's normalisation and its rule of ten people, VizWiz's, ScienceQA's choices, answerability."""
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, f1_score
 
 import cm3jax.evaluate.answers as answers
 from cm3jax.types import UserError
@@ -73,12 +73,41 @@ def test_the_figures_of_a_set_are_means_over_questions_and_over_kinds():
     assert found == pytest.approx({"accuracy": 1.6 / 3, "accuracy/yes/no": 0.5, "accuracy/number": 0.6})
 
 
-def test_answerability_is_sklearns_average_precision():
+def test_vizwiz_makes_the_answer_alike_and_leaves_people_s_as_they_are():
+    """Each by hand; "two" becomes "2", which nobody wrote, and "2" is what "two" is compared as."""
+    assert answers.vizwiz_accuracy("two", ["two"] * 10) == 0
+    assert answers.vizwiz_accuracy("two", ["2"] * 10) == answers.vizwiz_accuracy("A can.\n", ["can"] * 10) == 1
+    assert answers.vizwiz_accuracy("can", ["Can", "a can", "can."] + ["can"] * 2 + ["tin"] * 5) == pytest.approx(0.6)
+    assert answers.vizwiz_accuracy("Soup", ["soup"] * 3 + ["can"] * 7) == pytest.approx(0.9)
+    assert answers.vizwiz_accuracy("none", ["none"] * 9 + ["0"]) == pytest.approx(0.3)
+    assert answers.accuracy("two", ["two"] * 10) == answers.accuracy("none", ["none"] * 9 + ["0"]) == 1  # VQA's
+
+
+def test_vizwiz_puts_typographic_apostrophes_into_most_contractions():
+    """The published table, but for its words with capitals, which are looked up after they are made small."""
+    found = answers.VIZWIZ_CONTRACTIONS
+    assert len(found) == len(answers.CONTRACTIONS) == 114
+    assert found["dont"] == "don’t" and found["weve"] == "we've" and found["couldn'tve"] == "couldn’t’ve"
+    assert found["couldnt’ve"] == "couldn’t’ve" and found["somebody’d"] == "somebodyd" and found["twas"] == "’twas"
+    assert sum("'" in to for to in found.values()) == 8 and sum("'" in word for word in found) == 2
+    assert answers.vizwiz_accuracy("dont", ["don't"] * 10) == 0 and answers.vizwiz_accuracy("cant", ["can't"] * 10) == 1
+
+
+def test_what_cannot_be_answered_is_told_by_sklearn_s_average_precision_and_f1():
     rng = np.random.default_rng(0)
     truths = {i: bool(rng.integers(2)) for i in range(41)}
-    sure = {i: float(rng.integers(7)) for i in range(41)}  # with ties
-    wanted = average_precision_score([truths[i] for i in range(41)], [sure[i] for i in range(41)])
-    assert answers.answerability(sure, truths) == pytest.approx(wanted)
+    sure = {i: float(rng.integers(7)) / 6 for i in range(41)}  # with ties, and some at one half
+    labels, doubts = [1 - truths[i] for i in range(41)], np.array([1 - sure[i] for i in range(41)])
+    wanted = {"unanswerable AP": average_precision_score(labels, doubts)}
+    wanted["unanswerable F1"] = f1_score(labels, doubts > 0.5)
+    assert answers.unanswerability(sure, truths) == pytest.approx(wanted)
+
+
+def test_what_cannot_be_answered_is_told_by_hand():
+    """In order of doubt: 2 no, 0 yes, 3 no, 1 yes. At one half 2 and 0 are told, and 1 of the 2 rightly."""
+    found = answers.unanswerability({0: 0.3, 1: 0.9, 2: 0.1, 3: 0.5}, {0: True, 1: True, 2: False, 3: False})
+    assert found == pytest.approx({"unanswerable AP": (1 + 2 / 3) / 2, "unanswerable F1": 0.5})
+    assert answers.unanswerability({0: 1.0}, {0: False}) == {"unanswerable AP": 1, "unanswerable F1": 0}
 
 
 def test_choices_are_right_or_wrong():
@@ -114,9 +143,9 @@ def test_questions_that_do_not_match_are_refused(given, truths, message):
         answers.vqa(given, truths)
 
 
-def test_answerability_needs_an_answerable_question():
-    with pytest.raises(UserError, match="none of 2 questions is answerable"):
-        answers.answerability({1: 0.5, 2: 0.1}, {1: False, 2: False})
+def test_answerability_needs_a_question_that_cannot_be_answered():
+    with pytest.raises(UserError, match="each of 2 questions is answerable"):
+        answers.unanswerability({1: 0.5, 2: 0.1}, {1: True, 2: True})
 
 
 def test_a_question_without_kind_is_refused():
