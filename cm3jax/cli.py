@@ -30,7 +30,7 @@ IMPORTED = "imported.json"  # foreign.ABOUT, which would load jax
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
 FeatureName = Literal["edges", "segmentation", "hed", "pose", "depth", "normals", "scribble"]
 Benchmark = Literal["all", "train", "decode", "data", "prepare", "chameleon", "chameleon-7b"]
-SuiteName = Literal["scenes", "tasks", "pictures", "captions", "vqa", "science-qa", "visdial"]
+SuiteName = Literal["scenes", "tasks", "pictures", "captions", "vqa", "vizwiz", "science-qa", "visdial"]
 TextKind = Literal["captions", "vqa", "vizwiz", "science-qa", "visdial"]
 Examples = UseAppendAction[tuple[tuple[str, ...], ...]]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
@@ -767,8 +767,8 @@ class Evaluate:
     """Finished run folder."""
     suite: tuple[SuiteName, ...] = ()
     """scenes: what the evaluation without --suite makes, if it is not there. pictures: drawn from captions, by the
-    figures of --score.metrics. captions: CIDEr-D, BLEU, ROUGE-L. vqa (VizWiz too), science-qa: accuracy. visdial:
-    NDCG. tasks: the embedded world's."""
+    figures of --score.metrics. captions: CIDEr-D, BLEU, ROUGE-L. vqa, vizwiz, science-qa: accuracy. visdial:
+    NDCG, and MRR and recalls of the judged rounds. tasks: the embedded world's."""
     held_out: str = ""
     """--suite: folder of `cm3jax prepare`, with the documents to score on; "": RUN."""
     split: str = "test"
@@ -882,8 +882,9 @@ class ScoreText:
     """
 
     kind: Positional[Annotated[TextKind, arg(metavar="KIND")]]
-    """captions: CIDEr-D, BLEU, ROUGE-L; vqa (also OK-VQA's), vizwiz: accuracy by kind of answer, or how well VizWiz's
-    "answerable" is told; science-qa: accuracy in the columns of the published tables; visdial: MRR, recalls, NDCG."""
+    """captions: CIDEr-D, BLEU, ROUGE-L; vqa (also OK-VQA's), vizwiz: accuracy by kind of answer, each by its own rule,
+    or how well it is told which of VizWiz's questions cannot be answered; science-qa: accuracy in the columns of the
+    published tables; visdial: MRR, recalls, NDCG."""
     predictions: Positional[Annotated[str, arg(metavar="PREDICTIONS")]]
     """What was said, in the set's format of results (cm3jax/evaluate/words.py)."""
     truth: Positional[Annotated[tuple[str, ...], arg(metavar="TRUTH")]]

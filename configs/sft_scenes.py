@@ -23,6 +23,6 @@ config = change(
         pretrain.decoder,
         start="runs/pretrain-scenes",
         mask=change(pretrain.decoder.mask, spans=2.0, answers=0.5),
-        training=change(pretrain.decoder.training, steps=4000),
+        training=change(pretrain.decoder.training, steps=3200),
     ),
 )

@@ -111,7 +111,8 @@ def open_images(root: pathlib.Path, *more: str) -> None:
     with (root / "validation-images-with-rotation.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["ImageID", "Subset", "OriginalURL", "License", "Title"])
-        table.writerow(["0001eeaf4aed83f9", "validation", "https://flickr/1", "https://cc/by/2.0/", 'a "title", here'])
+        for key in dict.fromkeys(row.split(",")[0] for row in rows):
+            table.writerow([key, "validation", "https://flickr/1", "https://cc/by/2.0/", 'a "title", here'])
     photo(root / "validation/0001eeaf4aed83f9.jpg")
 
 
@@ -392,6 +393,18 @@ def test_open_images(tmp_path):
     assert (found.license, found.source) == ("https://cc/by/2.0/", "https://flickr/1")
 
 
+@pytest.mark.parametrize(
+    "name", ["train-images-boxable-with-rotation.csv", "oidv6-train-images-with-labels-with-rotation.csv"]
+)
+def test_open_images_tells_the_licences_of_train_by_its_own_file_names(tmp_path, name):
+    open_images(tmp_path)
+    for old, new in [("annotations-bbox.csv",) * 2, ("images-with-rotation.csv", name.removeprefix("train-"))]:
+        new = new if new.startswith("oidv6") else f"train-{new}"
+        (tmp_path / f"validation-{old}").rename(tmp_path / new)
+    (found,) = catalogue.read("open_images", tmp_path, "train")
+    assert (found.license, found.source) == ("https://cc/by/2.0/", "https://flickr/1")
+
+
 def test_instruct_pix2pix(tmp_path):
     instruct_pix2pix(tmp_path)
     items = list(catalogue.read("instruct_pix2pix", tmp_path, "train"))
@@ -420,6 +433,79 @@ def test_image_paragraph(tmp_path):
     assert texts(found) == {"caption": "A large building. It", "image": "2356347.jpg"} and found.task == "long_caption"
 
 
+def test_a_picture_with_two_paragraphs_is_one_item_with_both(tmp_path):
+    image_paragraph(tmp_path)
+    rows = json.loads((tmp_path / "paragraphs_v1.json").read_text())
+    write(tmp_path / "paragraphs_v1.json", [*rows, rows[0], rows[0] | {"paragraph": "A tower."}])
+    write(tmp_path / "val_split.json", [2356347, 2356347])
+    (found,) = catalogue.read("image_paragraph", tmp_path, "val")
+    assert found.values["caption"] == "A large building. It"
+    assert found.truth == {"captions": ["A large building. It", "A tower."]}
+
+
+NARRATED = {  # as Google names them: set -> split -> (the set and split in the file's name, shards)
+    "ade20k": {"train": ("ade20k_train", 0), "val": ("ade20k_validation", 0)},
+    "coco": {"train": ("coco_train", 4), "val": ("coco_val", 0)},
+    "flickr30k": {split: (f"flickr30k_{split}", 0) for split in ("train", "val", "test")},
+    "open_images": {
+        "train": ("open_images_train_v6", 10),
+        "val": ("open_images_validation", 0),
+        "test": ("open_images_test", 0),
+    },
+}
+
+
+def narrated(root: pathlib.Path, kinds: tuple[str, ...]) -> None:
+    """Write all of Google's files, a narration in each or in each shard; "asr" is what a machine understood."""
+    for name, number in (found for splits in NARRATED.values() for found in splits.values()):
+        rows = [{"dataset_id": name, "image_id": str(i), "caption": f"{name} {i}"} for i in range(number or 1)]
+        if "captions" in kinds:
+            write(root / f"{name}_captions.jsonl", rows)
+        for i, row in enumerate(rows) if "full" in kinds else ():
+            shard = f"-{i:05d}-of-{number:05d}" if number else ""
+            write(root / f"{name}_localized_narratives{shard}.jsonl", [row | {"timed_caption": [], "traces": []}])
+        write(root / f"{name}_asr.jsonl", [row | {"caption": "no"} for row in rows])
+
+
+@pytest.mark.parametrize("kinds", [("captions",), ("full",), ("captions", "full")], ids="+".join)
+@pytest.mark.parametrize("split", catalogue.SPLITS)
+def test_all_narratives_in_a_folder_are_read_once(tmp_path, split, kinds):
+    narrated(tmp_path, kinds)
+    found = [item.truth["captions"][0] for item in catalogue.read("localized_narratives", tmp_path, split)]
+    sets = [splits[split] for splits in NARRATED.values() if split in splits]
+    assert found == [f"{name} {i}" for name, number in sets for i in range(number or 1)]
+
+
+@pytest.mark.parametrize("name", sorted(NARRATED))
+def test_one_set_of_narratives_is_enough(tmp_path, name):
+    narrated(tmp_path, ("captions", "full"))
+    for path in tmp_path.iterdir():
+        if not path.name.startswith(name):
+            path.unlink()
+    assert catalogue.splits("localized_narratives", tmp_path) == tuple(NARRATED[name])
+
+
+def test_a_narrative_is_told_of_its_own_sets_picture(tmp_path):
+    """Flickr30k has a 36979.jpg, and COCO's picture 36979 is another."""
+    where = {
+        ("mscoco_val2017", "36979"): "val2017/000000036979.jpg",
+        ("Flickr30k_val", "36979"): "flickr30k-images/36979.jpg",
+        ("ADE20k_val", "ADE_val_00000001"): "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg",
+        ("open_images_val", "0001eeaf4aed83f9"): "validation/0001eeaf4aed83f9.jpg",
+    }
+    rows = [{"dataset_id": dataset, "image_id": key, "caption": "It is."} for dataset, key in where]
+    write(tmp_path / "all_val_captions.jsonl", rows)
+    for name in where.values():
+        photo(tmp_path / name)
+    for first, name in enumerate(where.values()):
+        found = next(catalogue.read("localized_narratives", tmp_path, "val", first))
+        assert found.values["image"] == tmp_path / name
+        (tmp_path / name).unlink()
+        found = next(catalogue.read("localized_narratives", tmp_path, "val", first))
+        assert not found.values["image"].exists()
+        photo(tmp_path / name)
+
+
 def test_localized_narratives_of_two_people_are_one_group(tmp_path):
     localized_narratives(tmp_path)
     one, two = catalogue.read("localized_narratives", tmp_path, "val")
@@ -437,6 +523,15 @@ def test_vqa(tmp_path):
     }
     assert found.truth["answers"] == ["down"] * 6 + ["at table"] * 4 and found.truth["answer_type"] == "other"
     assert (found.key, found.group, found.license) == ("262148000", "262148", "CC BY 4.0")
+
+
+@pytest.mark.parametrize("name", ["vqa_v2", "visdial"])
+def test_a_pictures_number_may_be_written_as_text(tmp_path, name):
+    MAKERS[name](tmp_path)
+    (found,) = catalogue.read(name, tmp_path, "val")
+    for path in tmp_path.glob("*.json"):
+        path.write_text(re.sub(r'"image_id": (\d+)', r'"image_id": "\1"', path.read_text()))
+    assert list(catalogue.read(name, tmp_path, "val")) == [found]
 
 
 def test_ok_vqa_has_the_answer_of_most_people(tmp_path):
@@ -544,7 +639,11 @@ BROKEN = [
         text("class-descriptions-boxable.csv", b"/m/1,Cat\n"),
         "id /m/0cmf2 is not in '.*class-descriptions",
     ),
-    ("open_images", remove("validation/0001eeaf4aed83f9.jpg"), "0001eeaf4aed83f9.jpg'?: missing file"),
+    (
+        "open_images",
+        text("validation-images-with-rotation.csv", b"ImageID,License\n1,x\n"),
+        "bbox.csv': id 0001eeaf4aed83f9 is not in '.*validation-images-with-rotation.csv",
+    ),
     ("open_images", text("validation-annotations-bbox.csv", b"ImageID,XMin\n"), "no column 'YMin' in it"),
     ("instruct_pix2pix", text("data/train-00000-of-00002-9e2c.parquet", b"no"), "9e2c.parquet': no parquet file"),
     (
@@ -611,6 +710,29 @@ def test_rows_of_one_picture_must_stand_together(tmp_path):
         list(catalogue.read("open_images", tmp_path, "val"))
 
 
+def test_without_its_pictures_every_item_of_a_set_is_rejected_and_named(made):
+    name, folder, split = made
+    keys = [found.key for found in catalogue.read(name, folder, split)]
+    pictures = [path for path in folder.rglob("*") if path.suffix in (".jpg", ".png")]
+    for path in pictures:
+        path.unlink()
+    opened = sources.open(config.Prepare(source=f"set:{name}:{folder}:{split}"))
+    found = [example for job in opened.jobs(1) for example in opened.read(job)]
+    if name == "instruct_pix2pix":  # they lie in its parquet files
+        assert not pictures and all(isinstance(example, Example) for example in found)
+        return
+    assert [(bad.reason, bad.where) for bad in found] == [("missing file", f"{name}/{split}:{key}") for key in keys]
+
+
+def test_a_broken_picture_of_open_images_costs_its_item_only(tmp_path):
+    open_images(tmp_path, "b,xclick,/m/0cmf2,1,0,1,0,1,0,0,0,0,0")
+    (tmp_path / "validation/b.jpg").write_bytes(b"no picture")
+    settings = config.Prepare(source=f"set:open_images:{tmp_path}", resolution=16, workers=1)
+    prepare.prepare(settings, tmp_path / "out", progress=False)
+    (bad,) = map(json.loads, (tmp_path / "out/rejects.jsonl").read_text().splitlines())
+    assert bad["where"] == "open_images/val:b"
+
+
 def test_a_missing_picture_costs_its_item_only(tmp_path):
     coco_captions(tmp_path)
     (tmp_path / "val2017/000000000007.jpg").unlink()
@@ -620,12 +742,13 @@ def test_a_missing_picture_costs_its_item_only(tmp_path):
     assert bad.where == "coco_captions/val:7"
 
 
-def test_a_picture_outside_the_folder_is_never_opened(tmp_path):
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_picture_outside_the_folder_is_never_opened(tmp_path, absolute):
     coco_captions(tmp_path / "coco")
     (tmp_path / "secret.png").write_bytes(broken.encoded())
     path = tmp_path / "coco" / CAPTIONS
     value = json.loads(path.read_text())
-    value["images"][0]["file_name"] = "../../secret.png"
+    value["images"][0]["file_name"] = str(tmp_path / "secret.png") if absolute else "../../secret.png"
     write(path, value)
     opened = sources.open(config.Prepare(source=f"set:coco_captions:{tmp_path / 'coco'}"))
     bad, good = [found for job in opened.jobs(1) for found in opened.read(job)]

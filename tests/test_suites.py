@@ -129,6 +129,29 @@ def test_questions_are_asked_without_their_answer(run, model, monkeypatch):
     assert values(found) == pytest.approx(wanted)
 
 
+def test_questions_of_vizwiz_are_scored_by_its_own_rule_in_a_suite_of_their_own(tmp_path, model, monkeypatch):
+    """All ten wrote "two", which VQA's rule counts and VizWiz's does not, and the model says it of every question."""
+    truth = {"answers": ["two"] * 10, "answer_type": "number", "answerable": 1}
+    row = document("question", {"question": "How many?", "answer": "two", "image": picture()}, 0, "val/v0", truth)
+    run = write(tmp_path / "run", [*records(), dataclasses.replace(row, source="vizwiz")])
+    asked = []
+
+    def answer(generator, task, rows, *how):
+        asked.append(len(rows))
+        return [{"answer": "two"}] * len(rows)
+
+    monkeypatch.setattr(suites.tasks, "answer", answer)
+    found = scored(run, "vqa", "vizwiz")
+    assert asked == [3, 1] and values(found["vizwiz"]) == {"accuracy": 0, "accuracy/number": 0}
+    assert found["vizwiz"]["metrics"]["accuracy"]["protocol"]["set"] == "vizwiz"
+    assert found["vqa"]["metrics"]["accuracy"]["protocol"]["samples"] == 3
+    (said,) = json.loads(next(run.glob("suites/vizwiz-*/said.json")).read_text())
+    assert said == {"image": "val/v0", "answer": "two"}
+    only = write(tmp_path / "only", [dataclasses.replace(row, source="vizwiz")])
+    with pytest.raises(UserError, match=r"suite vqa: .*VizWiz's: suite vizwiz.*none of 1 documents fits"):
+        scored(only, "vqa")
+
+
 def problems():
     """Return questions with choices, one with an explanation."""
     shared = {"context": "", "image": picture()}
@@ -172,10 +195,10 @@ def test_candidates_are_ranked_by_likelihood_behind_what_was_said_before(tmp_pat
     result = scored(run, "visdial")["visdial"]
     found = values(result)
     assert result["metrics"]["NDCG"]["protocol"]["decoding"]["seed"] == 3
-    assert asked == ["A dog. is it wet? yes. is it old", [" a", " b", " c"]]  # as training has them behind a word
+    assert asked == ["A dog. is it wet? yes. is it old?", [" a", " b", " c"]]  # as training has them behind a word
     (said,) = json.loads(next(run.glob("suites/visdial-*/said.json")).read_text())
     assert said == {"image_id": "42", "round_id": 2, "ranks": [3, 1, 2]}
-    assert found == {"NDCG": pytest.approx(1.0)}
+    assert found == pytest.approx({"NDCG": 1, "MRR": 1, "R@1": 1, "R@5": 1, "R@10": 1, "mean rank": 1})
 
 
 def test_pictures_are_drawn_from_first_captions_beside_those_held_out(run, model, monkeypatch):
@@ -377,7 +400,7 @@ def test_a_real_model_is_scored_by_suites_from_the_command_line(tmp_path, capsys
     out = capsys.readouterr().out
     for line in ("captions: CIDEr: ", "vqa: accuracy: ", "pictures: ssim: ", "science-qa: accuracy/NAT: "):
         assert f"suite {line}" in out
-    assert "suite visdial: NDCG: " in out
+    assert "suite visdial: NDCG: " in out and "suite visdial: mean rank: " in out
     assert cli.main(told) == 0
-    assert capsys.readouterr().out.count("(known)") == 6 + 3 + 2 + 4 + 1
+    assert capsys.readouterr().out.count("(known)") == 6 + 3 + 2 + 4 + 6
     assert cli.main(["tabulate", *(str(run / "suites" / f"{name}.json") for name in ("captions", "vqa"))]) == 0

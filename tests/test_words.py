@@ -91,13 +91,19 @@ def test_answers_are_scored_in_vqa_s_format_by_kind(tmp_path):
 
 
 def test_vizwiz_has_answers_and_confidences(tmp_path):
+    """The first and the third cannot be answered; doubts of 0.5, 0.1, 0.3, 0.9 have them at places 2 and 3."""
     told = [{"image": f"{i}.jpg", "answer": "soup"} for i in range(4)]
     people = [["soup"] * (i + 1) + ["can"] * (9 - i) for i in range(4)]
     found = values(run(tmp_path, "vizwiz", told, VIZWIZ))
-    assert found["accuracy"] == found["accuracy/other"] == sum(answers.accuracy("soup", one) for one in people) / 4
+    assert (
+        found["accuracy"] == found["accuracy/other"] == sum(answers.vizwiz_accuracy("soup", one) for one in people) / 4
+    )
+    assert "VizWiz" in run(tmp_path, "vizwiz", told, VIZWIZ)["accuracy"]["protocol"]["tokens"]
+    two = [{"image": "a.jpg", "answers": [{"answer": "two"}] * 10, "answer_type": "number", "answerable": 1}]
+    assert values(run(tmp_path, "vizwiz", [{"image": "a.jpg", "answer": "two"}], two))["accuracy"] == 0
     sure = [{"image": f"{i}.jpg", "answerable": x} for i, x in enumerate([0.5, 0.9, 0.7, 0.1])]
     found = values(run(tmp_path, "vizwiz", sure, VIZWIZ))
-    assert found == {"answerability": pytest.approx((1 / 1 + 2 / 4) / 2)}
+    assert found == pytest.approx({"unanswerable AP": (1 / 2 + 2 / 3) / 2, "unanswerable F1": 0})
 
 
 def test_choices_are_scored_in_the_columns_of_the_published_tables(tmp_path):
@@ -120,6 +126,18 @@ def test_ranks_are_scored_against_dialogs_and_dense_annotations(tmp_path, order)
     wanted = {"MRR": (1 / 3 + 1 / 2 + 1 + 1 / 2) / 4, "R@1": 0.25, "R@5": 1, "R@10": 1, "mean rank": 2, "NDCG": ndcg}
     assert values(found) == pytest.approx(wanted)
     assert found["MRR"]["protocol"]["samples"] == 4 and found["NDCG"]["protocol"]["samples"] == 1
+
+
+def test_judged_rounds_that_know_the_dialog_s_answer_have_its_places_too(tmp_path):
+    """As suites write them; with the dialogs beside, those decide."""
+    known = [DENSE[0] | {"gt_index": 0}]
+    found = run(tmp_path, "visdial", RANKS, known)
+    sparse = {"MRR": 1 / 2, "R@1": 0, "R@5": 1, "R@10": 1, "mean rank": 2}
+    assert {name: x for name, x in values(found).items() if name != "NDCG"} == sparse
+    assert found["MRR"]["protocol"]["tokens"] == "ranks, judged rounds only"
+    assert found["NDCG"]["protocol"] == run(tmp_path, "visdial", RANKS, DENSE)["NDCG"]["protocol"]
+    both = run(tmp_path, "visdial", RANKS, DIALOGS, known)
+    assert both["MRR"]["protocol"]["samples"] == 4 and both["NDCG"] == found["NDCG"]
 
 
 def test_the_protocol_knows_the_truth_and_not_what_was_said_or_its_order(tmp_path):

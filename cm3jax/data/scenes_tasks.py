@@ -376,7 +376,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
     "reasoning": reasoning,
 }
 """Task -> f(stream, split, side of the pictures), which draws a truth and its values."""
-ORDER = tuple(table.TASKS)
+ORDER = tuple(task for task in table.TASKS if task in MAKERS)
 
 
 def record(seed: int, index: int, split: str, resolution: int) -> Record:
@@ -399,7 +399,11 @@ def record(seed: int, index: int, split: str, resolution: int) -> Record:
 
 
 OTHERS = (
-    *((task, "feature_image", f"{words} of {{caption}}") for task, (words, _) in table.FEATURES.items()),
+    *(
+        (task, "feature_image", f"{words} of {{caption}}")
+        for task, (words, _) in table.FEATURES.items()
+        if task in MAKERS
+    ),
     ("pose", "image", "{caption}"),
     ("words", "image", 'the word "{text}"'),
 )

@@ -6,11 +6,17 @@ evaluation page of visualqa.org). Before that, answers are made alike: lower cas
 numbers up to ten as digits, apostrophes put back into contractions. The published evaluation does so only where the
 ten people do not all say the same, and so does `accuracy`. Its rules have edges, which are kept: one comma between
 digits anywhere makes every mark vanish that would else become a space, and a full stop stays only before a digit.
+(GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py of a013f00, 2021; older copies differ in that.)
+
+VizWiz's own evaluation differs (its Python API, as AttentionX/InstructBLIP_PEFT has it in lavis/common/vqa_tools/
+vqa_eval_vizwiz.py and TRI-ML/vlm-evaluation in vlm_eval/util/evaluation/vizwiz/eval.py): the answer is always made
+alike, the people's never, so that "two" is wrong where all ten say "two"; most contractions get a typographic
+apostrophe; and what is told from confidences is that a question can NOT be answered.
 """
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cm3jax.types import UserError
 
@@ -50,13 +56,23 @@ def _contractions() -> dict[str, str]:
 
 
 CONTRACTIONS = _contractions()
+
+
+def _typographic(words: Mapping[str, str]) -> dict[str, str]:
+    """Return VizWiz's table of contractions: VQA's, with ’ for ' but where the published one kept it."""
+    asked = {word if word in ("couldn'tve", "hadn'tve") else word.replace("'", "’"): to for word, to in words.items()}
+    return {word: to if to in STRAIGHT else to.replace("'", "’") for word, to in asked.items()}
+
+
+STRAIGHT = frozenset(["ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"])
+VIZWIZ_CONTRACTIONS = _typographic(CONTRACTIONS)
 COMMA = re.compile(r"\d,\d")
 STOP = re.compile(r"\.(?!\d)")
 STOPS = 32
 """Full stops that are taken away from one answer; the published program stops there."""
 
 
-def normal(answer: str) -> str:
+def normal(answer: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
     """Return an answer in the form in which the published evaluation compares it."""
     answer = _line(answer)
     joined = COMMA.search(answer) is not None
@@ -65,7 +81,7 @@ def normal(answer: str) -> str:
         gone = joined or mark + " " in answer or " " + mark in answer
         text = text.replace(mark, "" if gone else " ")
     words = [NUMBERS.get(word, word) for word in STOP.sub("", text, count=STOPS).lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
 
 def _line(answer: str) -> str:
@@ -81,16 +97,32 @@ def accuracy(answer: str, people: Sequence[str]) -> float:
     answer, people = _line(answer), [_line(text) for text in people]
     if len(set(people)) > 1:
         answer, people = normal(answer), [normal(text) for text in people]
+    return _agreement(answer, people)
+
+
+def vizwiz_accuracy(answer: str, people: Sequence[str]) -> float:
+    """Return how right an answer is by VizWiz's evaluation, 0 to 1: people's answers stand as they wrote them."""
+    return _agreement(normal(answer, VIZWIZ_CONTRACTIONS), people)
+
+
+def _agreement(answer: str, people: Sequence[str]) -> float:
+    """Return min(n / 3, 1) of the others who gave this answer, averaged over who is left out."""
     agree = sum(text == answer for text in people)
     return sum(min((agree - (text == answer)) / ENOUGH, 1.0) for text in people) / len(people)
 
 
-def vqa(answers: Mapping, truths: Mapping[object, Sequence[str]], kinds: Mapping | None = None) -> dict[str, float]:
+def vqa(
+    answers: Mapping,
+    truths: Mapping[object, Sequence[str]],
+    kinds: Mapping | None = None,
+    one: Callable[[str, Sequence[str]], float] = accuracy,
+) -> dict[str, float]:
     """Return {"accuracy": mean over the questions, and of each kind of question "accuracy/KIND"}; 0.476 for "47.6".
 
     Args:
       answers: {question id: answer}. truths: {question id: the answers of people}.
       kinds: {question id: ["yes/no"], ["number"], ...}, for the figures by kind.
+      one: How right one answer is; VizWiz has its own.
 
     Raises:
       UserError: if a question has no answer, an answer no question, or a question no people's answers.
@@ -98,30 +130,33 @@ def vqa(answers: Mapping, truths: Mapping[object, Sequence[str]], kinds: Mapping
     check(answers, truths)
     if empty := [name for name in truths if not len(truths[name])]:
         raise UserError(f"question {empty[0]!r}: no people's answers; a test split without them cannot be scored here")
-    each = {name: accuracy(answers[name], truths[name]) for name in truths}
+    each = {name: one(answers[name], truths[name]) for name in truths}
     return _means("accuracy", each, kinds)
 
 
-def answerability(confidences: Mapping[object, float], truths: Mapping[object, bool]) -> float:
-    """Return VizWiz's second figure: the average precision of telling answerable questions from the rest.
+def unanswerability(confidences: Mapping[object, float], truths: Mapping[object, bool]) -> dict[str, float]:
+    """Return VizWiz's figures of telling which questions cannot be answered: average precision, and F1 at one half.
 
     Args:
       confidences: {question id: how sure that the picture tells the answer}. truths: {question id: whether it does}.
 
     Raises:
-      UserError: if the ids differ, or no question is answerable.
+      UserError: if the ids differ, or every question is answerable.
     """
     check(confidences, truths)
-    names = sorted(truths, key=lambda name: -confidences[name])
-    if not any(truths.values()):
-        raise UserError(f"answerability: none of {len(truths)} questions is answerable; average precision is undefined")
+    doubts = {name: 1.0 - confidences[name] for name in truths}
+    wanted = sum(not truth for truth in truths.values())
+    if not wanted:
+        raise UserError(f"answerability: each of {len(truths)} questions is answerable; average precision is undefined")
     found = seen = 0
     total = 0.0
-    for _, alike in itertools.groupby(names, key=lambda name: confidences[name]):  # equal confidences: one step
-        group = [bool(truths[name]) for name in alike]
+    names = sorted(truths, key=lambda name: -doubts[name])
+    for _, alike in itertools.groupby(names, key=lambda name: doubts[name]):  # equal confidences: one step
+        group = [not truths[name] for name in alike]
         found, seen = found + sum(group), seen + len(group)
         total += sum(group) * found / seen
-    return total / found
+    told = [not truths[name] for name in truths if doubts[name] > 0.5]
+    return {"unanswerable AP": total / wanted, "unanswerable F1": 2 * sum(told) / (len(told) + wanted)}
 
 
 def choices(answers: Mapping, truths: Mapping, kinds: Mapping | None = None) -> dict[str, float]:

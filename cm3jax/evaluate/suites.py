@@ -2,7 +2,8 @@
 
     pictures   a picture for each caption, against those held out (`score`; the settings name metrics and weights)
     captions   a caption for each picture, against what people wrote (`words`)
-    vqa        answers to questions about pictures, against those of people; VizWiz's too (`words`)
+    vqa        answers to questions about pictures, against those of people (`words`)
+    vizwiz     the same for VizWiz's questions, which have an accuracy of their own (`words`)
     science-qa choices among given answers, explained first where people explained theirs (`words`)
     visdial    candidates for an answer, by their likelihood, against how fitting people found each (`words`)
     tasks      answers to the embedded world's tasks, against their exact truth (`tasks`)
@@ -166,7 +167,7 @@ def evaluate(
     run = pathlib.Path(run)
     if "pictures" in names:
         score.needs(scoring, "score.")
-    if (asks := sorted({"vqa", "science-qa", "visdial", "tasks"} & set(names))) and recipe.form.kind != "cm3leon":
+    if (asks := sorted(set(names) - {"pictures", "captions"})) and recipe.form.kind != "cm3leon":
         raise UserError(f"suite {asks[0]} asks as CM3Leon's documents do; {run} is of form {recipe.form.kind}")
     bench = Bench(run, recipe, shards.Reader(pathlib.Path(held_out) / "prepared", split), decoding, scoring, say)
     found = {}
@@ -275,9 +276,15 @@ def unanswered(task: str, record: Record) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in table.find(task).answer}
 
 
-def vqa(bench: Bench, out: pathlib.Path) -> dict:
-    """Score answers to questions by VQA's accuracy."""
+def from_vizwiz(record: Record) -> bool:
+    """Tell whether a document is a question of VizWiz, which alone says whether a question can be answered."""
+    return record.source == "vizwiz" or truth_of(record, "answerable", "question") != ()
+
+
+def people_answered(bench: Bench, name: str, out: pathlib.Path, fits: Callable[[Record], Any], what: str) -> dict:
+    """Score answers to questions, in VQA's formats or VizWiz's."""
     settings = bench.recipe.evaluate
+    key = "image" if name == "vizwiz" else "question_id"
 
     def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
         given = [unanswered("question", record) for record in records]
@@ -286,17 +293,28 @@ def vqa(bench: Bench, out: pathlib.Path) -> dict:
 
     def files(records, said):
         keys, truths = [record.key for record in records], [record.fields["truth"] for record in records]
-        found = [{"question_id": key, "answer": text or NOTHING} for key, text in zip(keys, said, strict=True)]
+        found = [{key: one, "answer": text or NOTHING} for one, text in zip(keys, said, strict=True)]
         truth = [
-            {"question_id": key, "answers": [{"answer": text} for text in row["answers"]]}
-            | {name: row[name] for name in ("answer_type",) if name in row}
-            for key, row in zip(keys, truths, strict=True)
+            {key: one, "answers": [{"answer": text} for text in row["answers"]]}
+            | {name: row[name] for name in ("answer_type", "answerable") if name in row}
+            for one, row in zip(keys, truths, strict=True)
         ]
-        return found, {"annotations": truth}
+        return found, truth if name == "vizwiz" else {"annotations": truth}
 
-    fits = lambda record: truth_of(record, "answers", "question")  # noqa: E731
     how = decoded(settings, settings.write, max_text=settings.max_text)
-    return spoken(bench, "vqa", out, fits, "a question that people answered", how, work, files)
+    return spoken(bench, name, out, fits, what, how, work, files)
+
+
+def vqa(bench: Bench, out: pathlib.Path) -> dict:
+    """Score answers to questions by VQA's accuracy."""
+    fits = lambda record: truth_of(record, "answers", "question") and not from_vizwiz(record)  # noqa: E731
+    return people_answered(bench, "vqa", out, fits, "a question that people answered (VizWiz's: suite vizwiz)")
+
+
+def vizwiz(bench: Bench, out: pathlib.Path) -> dict:
+    """Score answers to VizWiz's questions by its own accuracy."""
+    fits = lambda record: truth_of(record, "answers", "question") and from_vizwiz(record)  # noqa: E731
+    return people_answered(bench, "vizwiz", out, fits, "a question of VizWiz that people answered")
 
 
 CHOICES = ("choice", "reasoning")
@@ -331,7 +349,7 @@ def science_qa(bench: Bench, out: pathlib.Path) -> dict:
 
 
 def visdial(bench: Bench, out: pathlib.Path) -> dict:
-    """Score the order of candidate answers, by their likelihood, by VisDial's NDCG.
+    """Score the order of candidate answers, by their likelihood, by VisDial's NDCG; MRR and recalls of judged rounds.
 
     The question is asked behind the caption and all that was said before, as text; published protocols differ in that.
     """
@@ -342,21 +360,23 @@ def visdial(bench: Bench, out: pathlib.Path) -> dict:
     def files(records, said):
         truths = [record.fields["truth"] for record in records]
         keys = [{"image_id": r.group, "round_id": t["round"]} for r, t in zip(records, truths, strict=True)]
-        truth = [key | {"gt_relevance": t["relevance"]} for key, t in zip(keys, truths, strict=True)]
+        pairs = zip(keys, truths, strict=True)
+        truth = [key | {"gt_relevance": t["relevance"], "gt_index": t["answer"]} for key, t in pairs]
         return [key | {"ranks": row} for key, row in zip(keys, said, strict=True)], truth
 
-    needed = ("relevance", "candidates", "caption", "history", "round")
+    needed = ("relevance", "answer", "candidates", "caption", "history", "round")
     fits = lambda record: all(truth_of(record, name, "question") != () for name in needed)  # noqa: E731
-    how = {"ranked by": "likelihood", "asked": "caption, history, question", "seed": bench.recipe.evaluate.seed}
-    how = {"decoding": how}
+    asked = "caption, history, question; ? behind each"
+    how = {"decoding": {"ranked by": "likelihood", "asked": asked, "seed": bench.recipe.evaluate.seed}}
     return spoken(bench, "visdial", out, fits, "a question with judged candidates", how, work, files)
 
 
 def ranks(generator: Any, record: Record) -> list[int]:
     """Return the rank of each candidate, 1 the likeliest; of equal ones the first."""
     truth, values = record.fields["truth"], unanswered("question", record)
-    before = [truth["caption"], *(f"{question}? {reply}." for question, reply in truth["history"])]
-    values["question"] = " ".join([*(text for text in before if text), values["question"]])
+    marked = lambda question: f"{question.removesuffix('?').rstrip()}?"  # noqa: E731  # as published they have none
+    before = [truth["caption"], *(f"{marked(question)} {reply}." for question, reply in truth["history"])]
+    values["question"] = " ".join([*(text for text in before if text), marked(values["question"])])
     (row,) = tasks.encoded(generator, table.find("question"), [values])
     prompt = templates.prompt("question", row, generator.text, generator.vocab)
     texts = [text and f" {text}" for text in truth["candidates"]]  # a blank belongs to the word behind it
@@ -459,6 +479,7 @@ SUITES: dict[str, Callable[[Bench, pathlib.Path], dict]] = {
     "pictures": pictures,
     "captions": captions,
     "vqa": vqa,
+    "vizwiz": vizwiz,
     "science-qa": science_qa,
     "visdial": visdial,
     "tasks": answered,

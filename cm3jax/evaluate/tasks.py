@@ -95,8 +95,12 @@ def against(task: str, pairs: Sequence[tuple[Truth, np.ndarray]]) -> dict[str, f
 
     Returns:
       Of segmentation "miou", over the pixels of all pictures; of edges, hed and scribble "edge_f1", of located
-      "box_iou", of words "text", means over pictures; {} of others. What a scribble is about are the scene's edges.
+      "box_iou", of words "text", of edits "changed" and "kept", means over pictures; {} of others. What a scribble is
+      about are the scene's edges.
     """
+    if task == "edit":
+        found = [edited(truth, drawn) for truth, drawn in pairs]
+        return {name: _mean(one[name] for one in found) for name in ("changed", "kept")}
     if task == "words":
         return {"text": _mean(letters.accuracy(truth.word, scenes_tasks_read.word(drawn)) for truth, drawn in pairs)}
     if task not in ("segmentation", "edges", "hed", "scribble", "located"):

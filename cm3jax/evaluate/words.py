@@ -181,13 +181,14 @@ def _vqa(path: pathlib.Path, truth: Sequence[pathlib.Path], part: bool, split: s
     other = truth[0]
     told = said(path, rows(path, "question_id"), "answer")
     table = item.index(item.rows(opened(other, dict), "annotations", other), "question_id", other)
-    yield _answered(told, matched(told, table, (path, other), part), other)
+    table = matched(told, table, (path, other), part)
+    yield _answered(told, table, other, answers.accuracy, "made alike as VQA's (evaluate/answers.py)")
 
 
-def _answered(told: Mapping, table: Mapping[Any, dict], other: pathlib.Path) -> Scored:
+def _answered(told: Mapping, table: Mapping[Any, dict], other: pathlib.Path, one: Callable, tokens: str) -> Scored:
     wrote = {key: questions.people(row, other, key) for key, row in table.items()}
     kinds = {key: [row["answer_type"]] if "answer_type" in row else [] for key, row in table.items()}
-    return Scored(told, wrote, answers.vqa(told, wrote, kinds), "made alike as VQA's (evaluate/answers.py)", kinds)
+    return Scored(told, wrote, answers.vqa(told, wrote, kinds, one), tokens, kinds)
 
 
 def _vizwiz(path: pathlib.Path, truth: Sequence[pathlib.Path], part: bool, split: str) -> Iterator[Scored]:
@@ -195,13 +196,14 @@ def _vizwiz(path: pathlib.Path, truth: Sequence[pathlib.Path], part: bool, split
     opened(other, list)
     table = matched(found, rows(other, "image"), (path, other), part)
     if any("answer" in row for row in found.values()):
-        yield _answered(said(path, found, "answer"), table, other)
+        tokens = "made alike as VizWiz's, people's as they are (evaluate/answers.py)"
+        yield _answered(said(path, found, "answer"), table, other, answers.vizwiz_accuracy, tokens)
         return
     sure = {key: item.field(row, "answerable", path, key) for key, row in found.items()}
     if wrong := [key for key, x in sure.items() if not isinstance(x, int | float) or not math.isfinite(x)]:
         raise UserError(f"{str(path)!r}: id {wrong[0]!r}: answerable {sure[wrong[0]]!r}: must be a number")
     wrote = {key: bool(item.field(row, "answerable", other, key)) for key, row in table.items()}
-    yield Scored(sure, wrote, {"answerability": answers.answerability(sure, wrote)}, "confidences")
+    yield Scored(sure, wrote, answers.unanswerability(sure, wrote), "confidences")
 
 
 def _science(path: pathlib.Path, truth: Sequence[pathlib.Path], part: bool, split: str) -> Iterator[Scored]:
@@ -241,8 +243,12 @@ def _visdial(path: pathlib.Path, truth: Sequence[pathlib.Path], part: bool, spli
         if not count or sorted(map(repr, ranks)) != sorted(map(repr, range(1, count + 1))):
             raise UserError(f"{str(path)!r}: id {key}: ranks must be a list of 1, 2, ..., in any order, each once")
     for other in truth:
-        dialogs = isinstance(opened(other, object), dict)
-        yield (_sparse if dialogs else _dense)(path, found, other, part)
+        if isinstance(opened(other, object), dict):
+            yield _sparse(path, found, other, part)
+        else:
+            dense = _dense(path, found, other, part)
+            yield dense
+            yield from _given(dense, other) if len(truth) == 1 else ()
 
 
 def _sparse(path: pathlib.Path, found: Mapping, other: pathlib.Path, part: bool) -> Scored:
@@ -256,7 +262,12 @@ def _sparse(path: pathlib.Path, found: Mapping, other: pathlib.Path, part: bool)
             wrote[key, i], counts[key, i] = turn["gt_index"], len(item.field(turn, "answer_options", other, key))
     wrote = matched(found, wrote, (path, other), part)
     _same(path, found, other, counts)
-    return Scored(found, wrote, dialogue.sparse(-np.array(list(found.values())), np.array(list(wrote.values()))), RANKS)
+    return _placed(found, wrote, RANKS)
+
+
+def _placed(found: Mapping, wrote: Mapping, tokens: str) -> Scored:
+    figures = dialogue.sparse(-np.array(list(found.values())), np.array(list(wrote.values())))
+    return Scored(found, wrote, figures, tokens)
 
 
 def _dense(path: pathlib.Path, found: Mapping, other: pathlib.Path, part: bool) -> Scored:
@@ -267,6 +278,13 @@ def _dense(path: pathlib.Path, found: Mapping, other: pathlib.Path, part: bool) 
     _same(path, found, other, {key: len(row) for key, row in wrote.items()})
     ndcg = dialogue.ndcg(-np.array(list(found.values())), np.array(list(wrote.values())))
     return Scored(found, wrote, {"NDCG": ndcg}, RANKS)
+
+
+def _given(dense: Scored, other: pathlib.Path) -> Iterator[Scored]:
+    """Score the places of the dialogs' own answers in the judged rounds alone, where a suite wrote them beside."""
+    table = rows(other, "image_id", "round_id")
+    if all("gt_index" in table[key] for key in dense.said):
+        yield _placed(dense.said, {key: table[key]["gt_index"] for key in dense.said}, f"{RANKS}, judged rounds only")
 
 
 RANKS = "ranks"

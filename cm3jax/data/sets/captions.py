@@ -3,11 +3,15 @@
 results_20130124.token               1000092795.jpg#0<TAB>Two young guys ...          (Flickr30k, no splits)
 dataset_flickr30k.json               images [{filename, split, imgid, sentences [{raw}]}]   (Karpathy's splits)
 paragraphs_v1.json                   [{image_id, url, paragraph}], with val_split.json: [image_id, ...]
-coco_val_localized_narratives.jsonl  {dataset_id, image_id, annotator_id, caption, timed_caption, traces, ...} a line
+coco_val_captions.jsonl              {dataset_id, image_id, annotator_id, caption} a line
+coco_val_localized_narratives.jsonl  the same with timed_caption, traces, voice_recording; the largest sets are cut:
+open_images_train_v6_localized_narratives-00000-of-00010.jsonl
 """
 
 import collections
+import itertools
 import pathlib
+import re
 from collections.abc import Iterator
 
 from cm3jax.data import metadata
@@ -19,6 +23,10 @@ from cm3jax.types import UserError
 TOKEN = ("results_20130124.token", "results.token", "*.token")
 KARPATHY = "dataset_flickr30k.json"
 PHOTOS = ("flickr30k-images", "flickr30k_images", "images", "")
+NARRATED = {"train": ("train", "train_v6"), "val": ("val", "validation")}
+KINDS = re.compile("_captions|_localized_narratives")
+LONG = {"train": ("training",), "val": ("validation",)}
+ADE20K = "ADEChallengeData2016/images"
 
 
 def flickr30k_names(split: str) -> tuple[str, ...]:
@@ -77,28 +85,42 @@ def paragraph_names(split: str) -> tuple[str, ...]:
 
 
 def paragraphs(folder: pathlib.Path, split: str) -> Iterator[Item]:
-    """Yield one item a picture of Visual Genome: a paragraph about it."""
+    """Yield one item a picture of Visual Genome: a paragraph about it; of the few that have two, the first.
+
+    The published file tells some pictures twice, and a split may name one twice.
+    """
     path, chosen = item.find(folder, "paragraphs_v1.json"), item.find(folder, *paragraph_names(split))
-    table = item.index(item.rows({"all": item.load(path, list)}, "all", path), "image_id", path)
+    table = collections.defaultdict(list)
+    for row in item.rows({"all": item.load(path, list)}, "all", path):
+        table[item.field(row, "image_id", path, "?")].append(row)
     places = [folder / name for name in ("VG_100K", "VG_100K_2", "images", "")]
-    for key in item.load(chosen, list):
+    for key in dict.fromkeys(item.load(chosen, list)):
         item.match(key, table, chosen, path)
-        text = str(item.field(table[key], "paragraph", path, key)).strip()
-        values = {"caption": text, "image": item.picture_in(places, f"{key}.jpg")}
-        yield Item(
-            str(key), "long_caption", values, {"captions": [text]}, str(key), source=str(table[key].get("url", ""))
-        )
+        told = list(dict.fromkeys(str(item.field(row, "paragraph", path, key)).strip() for row in table[key]))
+        values = {"caption": told[0], "image": item.picture_in(places, f"{key}.jpg")}
+        source = str(table[key][0].get("url", ""))
+        yield Item(str(key), "long_caption", values, {"captions": told}, str(key), source=source)
 
 
 def narrative_names(split: str) -> tuple[str, ...]:
-    return f"*_{split}_localized_narratives*.jsonl", f"*_{split}_captions*.jsonl"
+    """Return the patterns of a set's files, the smallest first: "train" is also called train_v6, "val" validation."""
+    kinds = "_captions.jsonl", "_localized_narratives.jsonl", "_localized_narratives-*.jsonl"
+    return tuple(f"*_{name}{kind}" for kind in kinds for name in NARRATED.get(split, (split,)))
 
 
 def narratives(folder: pathlib.Path, split: str) -> Iterator[Item]:
-    """Yield one item a narration; a picture may have several, of different people. The voice's traces are left out."""
-    first = item.find(folder, *narrative_names(split))
-    pattern = next(p for p in narrative_names(split) if first in folder.glob(p))
-    for path in sorted(folder.glob(pattern)):
+    """Yield one item a narration; a picture may have several, of different people. The voice's traces are left out.
+
+    All sets in the folder are read, one after the other, each from one kind of its files.
+    """
+    item.find(folder, *narrative_names(split))
+    sets = {}
+    for pattern in narrative_names(split):
+        kind = collections.defaultdict(list)
+        for path in sorted(folder.glob(pattern)):
+            kind[KINDS.split(path.name)[0]].append(path)
+        sets = kind | sets
+    for path in itertools.chain.from_iterable(sets[name] for name in sorted(sets)):
         for _, number, row in metadata.rows(path):
             if isinstance(row, Bad):
                 raise UserError(f"{str(path)!r}: line {number}: {row}")
@@ -111,7 +133,8 @@ def narratives(folder: pathlib.Path, split: str) -> Iterator[Item]:
 
 
 def _narrated(folder: pathlib.Path, split: str, dataset: str, key: str) -> pathlib.Path:
-    """Return the picture: COCO writes its numbers with twelve digits."""
-    places = [folder / name for name in (dataset.split("_")[-1], split, "images", *PHOTOS)]
-    padded = f"{int(key):012d}.jpg" if key.isdigit() and "coco" in dataset else f"{key}.jpg"
-    return item.picture_in(places, padded, f"{key}.jpg")
+    """Return the picture: COCO writes its numbers with twelve digits, and so none is another set's."""
+    names = dict.fromkeys((dataset.split("_")[-1], split, *LONG.get(split, ())))
+    places = [folder / name for name in (*names, *PHOTOS)]
+    places += [folder / images / name for images in ("images", ADE20K) for name in names]
+    return item.picture_in(places, f"{key.zfill(12) if 'coco' in dataset else key}.jpg")

@@ -75,9 +75,10 @@ def _text(table: list, row: dict, name: str, path: pathlib.Path, key) -> str:
     return str(table[number])
 
 
-def _picture(folder: pathlib.Path, split: str, key: int) -> pathlib.Path:
+def _picture(folder: pathlib.Path, split: str, key: int | str) -> pathlib.Path:
     """Return the picture; those of the training split are COCO's."""
     year = f"VisualDialog_{split}2018"
     places = [folder / year, folder / "images", folder / "train2014", folder / "val2014", folder]
-    coco = (f"COCO_{part}2014_{key:012d}.jpg" for part in ("train", "val"))
-    return item.picture_in(places, f"{year}_{key:012d}.jpg", *(coco if split == "train" else ()))
+    number = str(key).zfill(12)
+    coco = (f"COCO_{part}2014_{number}.jpg" for part in ("train", "val"))
+    return item.picture_in(places, f"{year}_{number}.jpg", *(coco if split == "train" else ()))

@@ -163,7 +163,8 @@ def picture(value: Value, root: pathlib.Path) -> bytes | np.ndarray:
     if isinstance(value, bytes):
         return value
     path = value.path if isinstance(value, Coloured) else value
-    data = sources_folder.read(str(root), root, path.relative_to(root).as_posix())
+    name = path.relative_to(root) if path.is_relative_to(root) else path  # an absolute name, which is refused
+    data = sources_folder.read(str(root), root, name.as_posix())
     return data if not isinstance(value, Coloured) else paint(data, dict(value.categories))
 
 
@@ -193,17 +194,12 @@ def colour(category: int) -> tuple[int, int, int]:
     return number % 7 * 36, number // 7 % 7 * 36, number // 49 * 36
 
 
-def size(value: Value, root: pathlib.Path) -> tuple[int, int]:
-    """Return (width, height) of a picture from its header.
-
-    Raises:
-      UserError: if it is missing, or none.
-    """
+def size(path: pathlib.Path, root: pathlib.Path) -> tuple[int, int] | None:
+    """Return (width, height) of a picture from its header, None if it is missing, or none."""
     try:
-        data = picture(value, root)
-        return Image.open(io.BytesIO(data)).size if isinstance(data, bytes) else data.shape[1::-1]
-    except (Bad, OSError, ValueError) as e:
-        raise UserError(f"{str(value)!r}: {e}") from None
+        return Image.open(io.BytesIO(picture(path, root))).size
+    except (Bad, OSError, ValueError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------- boxes

@@ -65,7 +65,8 @@ def _asked(folder: pathlib.Path, split: str, path: pathlib.Path, annotations: tu
             raise UserError(f"{str(other)!r}: id {key}: image_id {rows[key]['image_id']}, in {str(path)!r} {image}")
         answers = people(rows[key], other, key)
         best = str(rows[key].get("multiple_choice_answer") or _most(answers))
-        where = item.picture_in(places, f"COCO_{split}2014_{image:012d}.jpg", f"{image:012d}.jpg")
+        number = str(image).zfill(12)
+        where = item.picture_in(places, f"COCO_{split}2014_{number}.jpg", f"{number}.jpg")
         values = {"question": str(item.field(question, "question", path, key)), "answer": best, "image": where}
         truth = {"answers": answers, **{n: rows[key][n] for n in ("answer_type", "question_type") if n in rows[key]}}
         yield Item(str(key), "question", values, truth, str(image), license)
