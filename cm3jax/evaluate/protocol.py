@@ -30,9 +30,8 @@ from cm3jax.train import lm
 from cm3jax.types import ANSWER, UserError
 
 PACKAGES = ("cm3jax", "jax", "jaxlib", "flax", "optax", "numpy")
-JUDGED_BY = ("boxes", "edges", "letters", "scenes", "segmentation", "tasks")
 JUDGED_BY = (
-    *(f"evaluate/{name}" for name in JUDGED_BY),
+    *(f"evaluate/{name}" for name in ("boxes", "edges", "letters", "scenes", "segmentation", "tasks")),
     *(f"data/scenes{name}" for name in ("", "_recognise", "_render", "_words", "_world")),
     *(f"data/scenes_tasks{name}" for name in ("", "_read", "_render")),
     "tasks/table",
