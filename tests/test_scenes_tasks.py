@@ -61,12 +61,18 @@ def rough(picture, seed=0):
 
 
 def test_every_task_has_documents_in_turn_and_the_same_arguments_give_the_same():
-    first, again = ([scenes.record("tasks", 3, i, "train", SIDE) for i in range(15)] for _ in range(2))
+    first, again = ([scenes.record("tasks", 3, i, "test", SIDE) for i in range(15)] for _ in range(2))
     assert [one.fields["task"] for one in first] == list(table.TASKS)
     for a, b in zip(first, again, strict=True):
         assert a.fields == b.fields and a.regions == b.regions and a.key == b.key
         assert all(np.array_equal(x, y) for x, y in zip(a.parts, b.parts, strict=True))
     assert len({str(one.parts) for one in first}) == 15
+
+
+def test_training_has_all_tasks_in_turn_and_more_of_the_harder_ones():
+    found = collections.Counter(scenes.record("tasks", 3, i, "train", SIDE).fields["task"] for i in range(50))
+    assert set(found) == set(table.TASKS) and sum(found.values()) == 50
+    assert found["question"] == 8 and found["edit"] == found["words"] == 6 and found["edges"] == 2
 
 
 @task

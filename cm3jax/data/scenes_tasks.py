@@ -6,10 +6,11 @@ codes of 8 x 8. Small things are far and large ones near: that is the order in w
 maps show. Two tasks draw something else: a word, six letters at most in a row of cells, each 8 x 16 pixels of 48; and a
 stick figure with one of 36 poses.
 
-Record i of a split is of task i mod 15, in that task's next wording. `fields["task"]` names it, `fields["wording"]`
-counts, `fields["truth"]` is `Truth` as JSON, and of what shows a scene `fields["scene"]` is that scene, as in the other
-levels. What the splits are is as there: contents are hashed, those of both scenes of an edit; the composition split
-has the held-out pairs of shape and colour (an edit at least behind it), and words and figures of its own eighth.
+Record i of a held-out split is of task i mod 15, in that task's next wording; of the training split, of i mod 25 in
+`TRAINED`, which has more of what is harder to learn. `fields["task"]` names it, `fields["wording"]` counts,
+`fields["truth"]` is `Truth` as JSON, and of what shows a scene `fields["scene"]` is that scene, as in the other levels.
+What the splits are is as there: contents are hashed, those of both scenes of an edit; the composition split has the
+held-out pairs of shape and colour (an edit at least behind it), and words and figures of its own eighth.
 
 `scenes:captions` is what a model sees before it is tuned: the same pictures with captions and no instruction (`pair`).
 The split `texts` has what is written in the tasks' documents, without pictures: a text tokenizer has seen more of the
@@ -377,13 +378,17 @@ MAKERS: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
 }
 """Task -> f(stream, split, side of the pictures), which draws a truth and its values."""
 ORDER = tuple(task for task in table.TASKS if task in MAKERS)
+SHARES = {"edit": 3, "words": 3, "question": 4, "choice": 2, "caption": 2, "long_caption": 2}
+"""How often some tasks are trained on, of 25; those with one, pictures from feature images, are soon learned."""
+TRAINED = tuple(task for task in ORDER for _ in range(SHARES.get(task, 1)))
 
 
 def record(seed: int, index: int, split: str, resolution: int) -> Record:
     """Return the document of one index of a split; the same arguments always give the same."""
     world.check(LEVEL, split)
-    turn, which = divmod(index, len(ORDER))
-    task = ORDER[which]
+    order = TRAINED if split == "train" else ORDER
+    turn, which = divmod(index, len(order))
+    task = order[which]
     truth, values = MAKERS[task](world.stream(LEVEL, seed, index, split, "task"), split, resolution)
     parts, regions = templates.make(task, values, turn)
     fields = {"task": task, "wording": turn % len(table.TASKS[task].templates), "truth": to_json(truth)}

@@ -34,7 +34,7 @@ class Scenes:
 
     def fingerprint(self) -> list:
         facts = [self.level, self.seed, self.resolution, self.count, HELD_OUT]
-        more = {"rare": [CATALOGUE], scenes_world.TASKS: [EACH, scenes_tasks.ORDER]}
+        more = {"rare": [CATALOGUE], scenes_world.TASKS: [EACH, scenes_tasks.ORDER, scenes_tasks.TRAINED]}
         return [*facts, *more.get(self.level, ())]
 
     def total(self, jobs: list) -> int:
