@@ -190,6 +190,7 @@ def test_an_evaluation_draws_with_every_number_of_documents_and_chooses_on_valid
         and scores["documents"] == 2
         and [r["documents"] for r in scores["by_documents"]] == [0, 1, 2]
     )
+    assert [row["shown"] for row in scores["by_documents"]] == [0, 1, 2]
     accuracies = [row["object_accuracy"] for row in scores["by_documents"]]
     assert (
         accuracies == sorted(accuracies) and accuracies[0] < accuracies[1] < accuracies[2] == scores["object_accuracy"]
@@ -204,6 +205,14 @@ def test_an_evaluation_draws_with_every_number_of_documents_and_chooses_on_valid
     codes = {name: np.array(split.captions) for name, split in splits.items()}  # the painter reads them as captions
     scores, written, found, _ = protocol.image_to_text(artist, splits, codes)
     assert scores["documents"] == 1 and written[:5] == splits["test"].captions[:5] and len(found[0]) == 1
+
+
+def test_documents_without_room_count_as_not_shown(splits, pairs):
+    artist = protocol.Artist(painter := Painter(splits), configs.Evaluate(samples=6), Memory(pairs))
+    painter.fitting = lambda retrieved, *_: [row[:1] for row in retrieved]
+    scores, *_ = protocol.text_to_image(artist, splits)
+    rows = [(row["documents"], row["shown"]) for row in scores["by_documents"]]
+    assert rows == [(0, 0), (1, 1), (2, 1)]
 
 
 def test_without_a_memory_nothing_is_drawn_twice_and_the_figures_are_the_usual_ones(splits):

@@ -435,7 +435,9 @@ def finished(artist: Artist, tries: list[Try], scores: dict, count: int, samplin
     figures = {name: value for name, value in chosen.row.items() if name not in ("documents", "validation")}
     scores = figures | {"samples": count, "sampling": configs.to_json(sampling)} | scores
     if artist.memory:
-        scores |= {"documents": chosen.row["documents"], "by_documents": [one.row for one in tries]}
+        shown = [float(np.mean([len(row) for row in one.documents])) for one in tries]  # fewer where a row had no room
+        rows = [one.row | {"shown": mean} for one, mean in zip(tries, shown, strict=True)]
+        scores |= {"documents": chosen.row["documents"], "by_documents": rows}
         scores["candidates"] = artist.settings.candidates
     return scores, chosen.answers, chosen.documents
 
