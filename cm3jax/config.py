@@ -849,13 +849,14 @@ class Score:
     """Of r_precision: captions that a picture is compared with, its own among them."""
     seed: int = 0
     """Of kid's subsets and r_precision's captions."""
-    batch: int = 64
-    """Pictures in a network at one time."""
+    batch: int = 0
+    """Pictures in a network at one time; 0: 64, and 16 on a CPU, where what they take in it is host memory."""
     threads: int = 4
     """Threads that read and resize."""
 
     def __post_init__(self):
-        within(self, "score", 1, math.inf, "subsets", "neighbours", "batch", "threads")
+        within(self, "score", 0, math.inf, "batch")
+        within(self, "score", 1, math.inf, "subsets", "neighbours", "threads")
         within(self, "score", 2, math.inf, "subset_size", "candidates")
         within(self, "score", 0, SEEDS - 1, "seed")
 

@@ -52,8 +52,8 @@ def drawn():
     """Return FID's network with random weights."""
     import jax
 
-    from cm3jax import sharding
-    from cm3jax.evaluate import features, resize
+    from cm3jax import config, sharding
+    from cm3jax.evaluate import features, resize, score
     from cm3jax.nn import inception
 
     net = inception.Inception()
@@ -61,7 +61,7 @@ def drawn():
     about = {"network": "Inception", "weights": "random", "resize": "pytorch-fid"}
     apply = lambda params, x: net.apply({"params": params}, x)[0]  # noqa: E731
     devices = tuple(jax.local_devices())
-    return features.Network(about, 2048, resize.pytorch_fid, apply, params, 64, devices)
+    return features.Network(about, 2048, resize.pytorch_fid, apply, params, score.at_once(config.Score()), devices)
 
 
 def main():

@@ -290,7 +290,7 @@ def test_the_verb_scores_and_tabulates(sides, tmp_path, monkeypatch, capsys):
         (["score", "drawn", "--metrics", "psnr", "--statistics", "x.npz"], "psnr: needs --weights.inception PATH"),
         (["score", "drawn", "real", "--weights.inception", "nothing.pth"], "nothing.pth: no such file"),
         (["score", "drawn", "real", "--weights.inception", "w.npz"], "w.npz: a zip file with 0 entries NAME/data.pkl"),
-        (["score", "drawn", "real", "--metrics", "psnr", "--batch", "0"], "score.batch = 0: must be at least 1"),
+        (["score", "drawn", "real", "--metrics", "psnr", "--batch", "-1"], "score.batch = -1: must be at least 0"),
         (["tabulate"], "tabulate: needs result files"),
         (["tabulate", "nothing.json"], "nothing.json': No such file"),
         (["tabulate", "bad.json"], "bad.json': not a file that cm3jax score writes"),

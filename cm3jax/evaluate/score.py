@@ -64,6 +64,11 @@ METRICS = {
 }
 
 
+def at_once(settings: configs.Score) -> int:
+    """Return how many pictures go through a network at one time."""
+    return settings.batch or (16 if jax.default_backend() == "cpu" else 64)
+
+
 class Tools:
     """The networks that the settings name, each loaded when it is first asked for."""
 
@@ -73,19 +78,19 @@ class Tools:
     @functools.cached_property
     def inception(self) -> features.Network:
         s = self.settings
-        return features.of_inception(s.weights.inception, s.resize, s.dtype, s.batch)
+        return features.of_inception(s.weights.inception, s.resize, s.dtype, at_once(s))
 
     @functools.cached_property
     def encoder(self) -> encoders.Encoder:
-        return encoders.load(self.settings.weights.clip, self.settings.batch)
+        return encoders.load(self.settings.weights.clip, at_once(self.settings))
 
     @functools.cached_property
     def clip(self) -> features.Network:
-        return features.of_clip(self.encoder, self.settings.batch)
+        return features.of_clip(self.encoder, at_once(self.settings))
 
     @functools.cached_property
     def vgg(self) -> lpips.Network:
-        return lpips.Network(self.settings.weights.vgg, self.settings.batch)
+        return lpips.Network(self.settings.weights.vgg, at_once(self.settings))
 
     @functools.cached_property
     def vgg_weights(self) -> str:
@@ -367,7 +372,7 @@ def _compared(rows: Sequence[tables.Row], compare, settings: configs.Score, smal
 
     out: list[np.ndarray] = []
     for _, group in itertools.groupby(read(), lambda pair: pair[0].shape):
-        while part := list(itertools.islice(group, settings.batch)):
+        while part := list(itertools.islice(group, at_once(settings))):
             out.append(compare(*(np.stack(side) for side in zip(*part, strict=True))))
     return np.concatenate(out)[:, None].astype(np.float32), digests
 
