@@ -379,7 +379,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
 """Task -> f(stream, split, side of the pictures), which draws a truth and its values."""
 ORDER = tuple(task for task in table.TASKS if task in MAKERS)
 SHARES = {"edit": 3, "words": 3, "question": 4, "choice": 2, "caption": 2, "long_caption": 2}
-"""How often some tasks are trained on, of 25; those with one, pictures from feature images, are soon learned."""
+"""How often the tasks that are learned late are trained on, of 25; all others, once."""
 TRAINED = tuple(task for task in ORDER for _ in range(SHARES.get(task, 1)))
 
 

@@ -185,11 +185,11 @@ def kind(character: str) -> str:
 
 def signs() -> list[str]:
     """Return the character that stands for each byte in the files: itself where it shows, else one from U+0100 on."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = iter(range(256, 512))
-    return [chr(byte if byte in SHOWN else next(hidden)) for byte in range(256)]
+    return [chr(byte if byte in shown else next(hidden)) for byte in range(256)]
 
 
-SHOWN = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 SIGNS = signs()
 
 
@@ -206,7 +206,7 @@ def _openai(path: pathlib.Path) -> dict[str, bytes]:
             pairs = [line.rstrip("\n") for line in itertools.islice(f, 1, 1 + USED)]  # the first line is a heading
     except (OSError, EOFError, ValueError) as e:
         raise UserError(f"CLIP merges {str(path)!r}: not readable ({e}); take the published file") from None
-    alphabet = [chr(byte) for byte in SHOWN] + sorted(set(SIGNS) - {chr(byte) for byte in SHOWN})
+    alphabet = sorted(SIGNS)  # those that stand for hidden bytes are the last of it
     symbols = [*alphabet, *(sign + LAST for sign in alphabet), *(pair.replace(" ", "") for pair in pairs), BEGIN, END]
     ids = {symbol: i for i, symbol in enumerate(symbols)}
     merges = "\n".join(["#version: 0.2", *pairs]) + "\n"
