@@ -24,10 +24,9 @@ from cm3jax.evaluate import results, samples
 from cm3jax.evaluate import scenes as judges
 from cm3jax.evaluate import tasks as answered
 from cm3jax.sample import generate, recall, tasks
-from cm3jax.tasks import table
-from cm3jax.tokenizers import document
+from cm3jax.tasks import table, templates
 from cm3jax.train import lm
-from cm3jax.types import ANSWER, UserError
+from cm3jax.types import UserError
 
 PACKAGES = ("cm3jax", "jax", "jaxlib", "flax", "optax", "numpy")
 JUDGED_BY = (
@@ -219,12 +218,11 @@ def pair(record) -> tuple[str | None, np.ndarray | None]:
     Of the documents of tasks, those of "caption" have one: what stands in its place, without the words around it.
     """
     text, picture = first(record)
-    if "task" not in record.fields:
-        return text, picture
-    if record.fields["task"] != "caption" or text is None:
+    if record.fields.get("task", "caption") != "caption":
         return None, None
-    told = [text[slice(*document.characters(text, region))] for region in record.regions if region.kind == ANSWER]
-    return (told or [text])[0], picture
+    if text is not None and "wording" in record.fields:
+        text = templates.read("caption", record.parts)["caption"]
+    return text, picture
 
 
 def pairs(prepared, split: str, most: int) -> Pairs:

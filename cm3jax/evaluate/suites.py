@@ -235,14 +235,12 @@ def decoded(settings: configs.Evaluate, sampling: configs.Sampling, **more: Any)
 
 def told(record: Record) -> list[str]:
     """Return all captions of a document that is a picture with captions; [] for others."""
-    text, picture = protocol.first(record)
-    if text is None or picture is None or record.fields.get("task", "caption") != "caption":
+    text, picture = protocol.pair(record)
+    if text is None or picture is None:
         return []
     truth = record.fields.get("truth")
     known = truth.get("captions") if isinstance(truth, dict) else record.fields.get("captions")
-    if known:
-        return list(known)
-    return [templates.read("caption", record.parts)["caption"] if "wording" in record.fields else text]
+    return list(known) if known else [text]
 
 
 def captions(bench: Bench, out: pathlib.Path) -> dict:

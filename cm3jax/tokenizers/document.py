@@ -65,18 +65,13 @@ def marked(
     return np.concatenate(pieces[:-1]).astype(np.uint16), np.array(spans, np.int32).reshape(-1, 2)
 
 
-def characters(text: str, region: Region) -> tuple[int, int]:
-    """Return from which character of a text to which one an answer stands."""
-    return round(region.box[0] * len(text)), round(region.box[2] * len(text))
-
-
 def _cut(part: Part, answers: Sequence[Region]) -> list[tuple[Part, bool]]:
     """Return the pieces of a part, and which of them are answers."""
     if not answers or not isinstance(part, str):
         return [(part, len(answers) > 0)]
     pieces, last = [], 0
     for region in sorted(answers, key=lambda region: region.box[0]):
-        start, end = characters(part, region)
+        start, end = (round(x * len(part)) for x in (region.box[0], region.box[2]))
         start -= part[last:start].endswith(" ")
         if not last <= start < end <= len(part):
             raise UserError(f"answer {region.label!r} of {part!r}: empty, or overlaps another; mark each once")
