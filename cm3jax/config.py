@@ -631,9 +631,12 @@ class Mask:
     answers: float = later(0.0)
     """Of the documents that a task made, the share that masks exactly the fields that the task declares as its answer
     (ours: 0.5 in instruction tuning). A picture that ends its document is not moved: nothing is masked there."""
+    span_weight: float = later(0.0)
+    """Weight that a moved span has in the loss at least, all its tokens together (ours: an answer of two words is
+    little beside a picture's codes). 0: all tokens weigh the same, as in CM3Leon (arXiv 2309.02591 §2.2)."""
 
     def __post_init__(self):
-        within(self, "mask", 0, math.inf, "spans")
+        within(self, "mask", 0, math.inf, "spans", "span_weight")
         within(self, "mask", 0, 1, "rotate", "captions", "answers")
 
 

@@ -185,6 +185,23 @@ def test_modality_is_that_of_the_target():
     assert batch["modality"].tolist() == expected + [other] * 4
 
 
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_moved_span_weighs_at_least_what_the_config_says_and_nothing_else_changes(data, isolate):
+    settings, short, long = Packing("whole", 149, isolate=isolate), 0, 0
+    for *_, row in rows(data, settings, Mask(spans=4.0)):
+        plain, batch = (packing.arrays([row], VOCAB, settings, span_weight=w) for w in (0.0, 6.0))
+        assert all(np.array_equal(plain[name], batch[name]) for name in plain if name != "weights")
+        moved, changed = plain["modality"] == packing.INFILL, plain["weights"] != batch["weights"]
+        assert not changed[~moved].any()
+        ids, _, lengths, *_ = row
+        for start in np.flatnonzero(VOCAB.is_sentinel(ids)):
+            n = int(lengths[start + 1]) if start + 1 < len(ids) else 0
+            own = batch["weights"][0, start : start + n]
+            assert n == 0 or abs(own.sum() - max(n, 6)) < 1e-5
+            short, long = short + (0 < n < 6), long + (n > 6)
+    assert short > 5 and long > 5
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_arrays_have_the_promised_types(data, settings):
     batch = packing.arrays([row for *_, row in rows(data, settings, Mask())][:3], VOCAB, settings)

@@ -22,10 +22,10 @@ RETRIEVED = 4
 """Added to the modality of a target that belongs to a retrieved document."""
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""A masked row: ids [t], segments [t], which tokens belong to moved spans, bool [t], the codes of each span [n], which
-tokens belong to retrieved documents, bool [t]."""
+"""A masked row: ids [t], segments [t], the length of the moved span that each token is of [t], 0 for none, the codes of
+each span [n], which tokens belong to retrieved documents, bool [t]."""
 
-EMPTY: Row = tuple(np.zeros(0, kind) for kind in (np.uint16, np.int32, bool, np.int64, bool))
+EMPTY: Row = tuple(np.zeros(0, kind) for kind in (np.uint16, np.int32, np.int64, np.int64, bool))
 """A row of padding."""
 
 
@@ -288,14 +288,14 @@ def masked(
       retrieved: As from `read`; None: no document is.
 
     Returns:
-      ids: uint16 [t]; segments: int32 [t]; moved: bool [t], tokens of moved spans; hidden: int64 [n], codes of each;
-      retrieved: bool [t], of moved spans too, markers included.
+      ids: uint16 [t]; segments: int32 [t]; moved: int64 [t], the length of its moved span, 0 for other tokens; hidden:
+      int64 [n], codes of each; retrieved: bool [t], of moved spans too, markers included.
     """
     spans, keep = causal_mask.fit(spans, len(ids), packing.length)
     segments = document if packing.isolate else np.ones_like(document)
     retrieved = np.zeros(len(ids), bool) if retrieved is None else retrieved
     if not len(spans):
-        return ids, segments, np.zeros(len(ids), bool), np.zeros(0, np.int64), retrieved
+        return ids, segments, np.zeros(len(ids), np.int64), np.zeros(0, np.int64), retrieved
     source, moved, marker = causal_mask.layout(spans, keep)
     number = np.arange(len(spans))
     if packing.isolate:
@@ -305,17 +305,20 @@ def masked(
     return out, segments[source], moved, places.hidden(ids, spans, vocab), retrieved[source]
 
 
-def arrays(rows: list[Row], vocab: Vocab, packing: Packing, weight: float = 1.0) -> dict[str, np.ndarray]:
+def arrays(
+    rows: list[Row], vocab: Vocab, packing: Packing, retrieved_weight: float = 1.0, span_weight: float = 0.0
+) -> dict[str, np.ndarray]:
     """Return a batch from the rows that `masked` gave.
 
     Args:
-      weight: Of targets that belong to retrieved documents.
+      retrieved_weight: Of targets that belong to retrieved documents.
+      span_weight: `Mask.span_weight`.
 
     Returns:
       inputs: int32 [b, t] ids, t = packing.length; padding is <pad>.
       targets: int32 [b, t], the next token of the same segment; <pad> where there is none.
       weights: float32 [b, t], 1 where there is a target, else 0; all tokens weigh the same (arXiv 2309.02591 §2.2)
-        unless `weight` says otherwise.
+        unless `retrieved_weight` or `span_weight` say otherwise.
       positions: int32 [b, t] from 0; with isolate they count from each document's start and go on in its moved spans.
         With packing.picture they are fixed places (`objectives.places`).
       segments: int32 [b, t], 0 for padding, else 1, or with isolate 1, 2, ... by document.
@@ -323,7 +326,7 @@ def arrays(rows: list[Row], vocab: Vocab, packing: Packing, weight: float = 1.0)
         4, more in a retrieved document.
     """
     shape = (len(rows), packing.length)
-    ids, segments, moved = np.full(shape, PAD, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    ids, segments, moved = np.full(shape, PAD, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int64)
     retrieved = np.zeros(shape, bool)
     for i, (row_ids, row_segments, row_moved, _, row_retrieved) in enumerate(rows):
         n = len(row_ids)
@@ -337,12 +340,15 @@ def arrays(rows: list[Row], vocab: Vocab, packing: Packing, weight: float = 1.0)
             )
     has_target = following >= 0
     targets = np.where(has_target, np.take_along_axis(ids, following, 1), PAD).astype(np.int32)
-    kind = modality(ids, moved, vocab) + np.int8(RETRIEVED) * retrieved
+    kind = modality(ids, moved > 0, vocab) + np.int8(RETRIEVED) * retrieved
     kind = np.where(has_target, np.take_along_axis(kind, following, 1), OTHER).astype(np.int8)
+    weights = np.where(kind >= RETRIEVED, retrieved_weight, has_target)
+    length = np.take_along_axis(moved, following, 1)
+    weights = weights * np.where(length > 0, np.maximum(1, span_weight / np.maximum(1, length)), 1)
     return {
         "inputs": ids,
         "targets": targets,
-        "weights": np.where(kind >= RETRIEVED, weight, has_target).astype(np.float32),
+        "weights": weights.astype(np.float32),
         "positions": positions,
         "segments": segments,
         "modality": kind,

@@ -92,7 +92,7 @@ class Batches:
         _, stage, vocab, process_index, _ = self._arguments
         start = step * stage.training.batch + process_index * self.share
         rows = [self.row(g) for g in range(start, start + self.share)]
-        return packing.arrays(rows, vocab, stage.packing, stage.retrieved.weight)
+        return packing.arrays(rows, vocab, stage.packing, stage.retrieved.weight, stage.mask.span_weight)
 
     def row(self, g: int) -> packing.Row:
         """Return row g of the run, masked."""
@@ -195,7 +195,7 @@ def eval_batches(
     for start in range(0, min(len(plan), batch * stage.training.evaluate_batches), batch):
         first = start + process_index * mine  # every host gives as many batches as the others
         rows = [row(r) for r in range(first, first + mine)]
-        yield packing.arrays(rows, vocab, stage.packing, stage.retrieved.weight)
+        yield packing.arrays(rows, vocab, stage.packing, stage.retrieved.weight, stage.mask.span_weight)
 
 
 # ------------------------------------------------------------------------------------------------------- what is in it

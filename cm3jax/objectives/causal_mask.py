@@ -92,16 +92,16 @@ def layout(spans: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
     Returns:
       source: int64 [t] index into the block; a marker's is the first token of its span.
-      moved: bool [t], true for the tokens of moved spans (not for markers).
+      moved: int64 [t], the length of its span for a token of a moved span, 0 for others and for markers.
       marker: int64 [t]: -1 for none, 2i for <sentinel:i>, 2i + 1 for the <eoss> of span i.
     """
     place, tail = [], []
     at = 0
     for i, (start, end) in enumerate(spans.tolist()):
-        place += [(at, start, -1, False), (start, start + 1, 2 * i, False)]
-        tail += [(start, start + 1, 2 * i, False), (start, end, -1, True), (start, start + 1, 2 * i + 1, False)]
+        place += [(at, start, -1, 0), (start, start + 1, 2 * i, 0)]
+        tail += [(start, start + 1, 2 * i, 0), (start, end, -1, end - start), (start, start + 1, 2 * i + 1, 0)]
         at = end
-    pieces = [*place, (at, keep, -1, False), *tail]
+    pieces = [*place, (at, keep, -1, 0), *tail]
     sizes = [end - start for start, end, _, _ in pieces]
     source = np.concatenate([np.arange(start, end) for start, end, _, _ in pieces])
     return source, np.repeat([p[3] for p in pieces], sizes), np.repeat([p[2] for p in pieces], sizes)
