@@ -260,7 +260,15 @@ def _short(value) -> str:
 
 
 def read(root: str, base: pathlib.Path, name) -> bytes:
-    """Return the bytes of picture `name`, which is relative to `base`; nothing outside `root` is ever opened.
+    """Return the bytes of picture `name`; see `locate`."""
+    try:
+        return locate(root, base, name).read_bytes()
+    except OSError as e:
+        raise _unreadable(name, e) from None
+
+
+def locate(root: str, base: pathlib.Path, name) -> pathlib.Path:
+    """Return the file of picture `name`, which is relative to `base`; nothing outside `root` is ever opened.
 
     Raises:
       Bad: with the reason for rejects.jsonl.
@@ -274,11 +282,15 @@ def read(root: str, base: pathlib.Path, name) -> bytes:
             raise Bad("not a file", f"{_short(name)!r}: a folder, pipe or device")  # a pipe would block for ever
         if status.st_size > pictures.MAX_BYTES:
             raise Bad("picture too large", f"{status.st_size} bytes, limit {pictures.MAX_BYTES}")
-        return path.read_bytes()
+        return path
     except FileNotFoundError:
         raise Bad("missing file", _short(name)) from None
     except (OSError, ValueError) as e:  # ValueError: a NUL or half a surrogate pair in the name
-        raise Bad("unreadable file", f"{_short(name)!r}: {getattr(e, 'strerror', None) or e}") from None
+        raise _unreadable(name, e) from None
+
+
+def _unreadable(name: str, e: Exception) -> Bad:
+    return Bad("unreadable file", f"{_short(name)!r}: {getattr(e, 'strerror', None) or e}")
 
 
 def _inside(root: str, base: pathlib.Path, name: str) -> pathlib.Path:

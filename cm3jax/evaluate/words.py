@@ -25,7 +25,10 @@ from cm3jax.evaluate import answers, captions, dialogue, results
 from cm3jax.stages import write_text
 from cm3jax.types import UserError
 
-SCORED_BY = tuple(f"evaluate/{name}" for name in ("captions", "ptb", "answers", "dialogue", "words"))
+SCORED_BY = (
+    *(f"evaluate/{name}" for name in ("captions", "ptb", "answers", "dialogue", "words")),
+    *(f"data/sets/{name}" for name in ("coco", "item", "questions")),
+)
 """Modules that decide a figure."""
 
 

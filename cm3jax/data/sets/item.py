@@ -163,9 +163,13 @@ def picture(value: Value, root: pathlib.Path) -> bytes | np.ndarray:
     if isinstance(value, bytes):
         return value
     path = value.path if isinstance(value, Coloured) else value
-    name = path.relative_to(root) if path.is_relative_to(root) else path  # an absolute name, which is refused
-    data = sources_folder.read(str(root), root, name.as_posix())
+    data = sources_folder.read(str(root), root, _name(path, root))
     return data if not isinstance(value, Coloured) else paint(data, dict(value.categories))
+
+
+def _name(path: pathlib.Path, root: pathlib.Path) -> str:
+    """Return the file's name in the set's folder; of one outside of it the absolute name, which is refused."""
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 def paint(data: bytes, categories: dict[int, int]) -> np.ndarray:
@@ -197,7 +201,8 @@ def colour(category: int) -> tuple[int, int, int]:
 def size(path: pathlib.Path, root: pathlib.Path) -> tuple[int, int] | None:
     """Return (width, height) of a picture from its header, None if it is missing, or none."""
     try:
-        return Image.open(io.BytesIO(picture(path, root))).size
+        with Image.open(sources_folder.locate(str(root), root, _name(path, root))) as found:
+            return found.size
     except (Bad, OSError, ValueError):
         return None
 
