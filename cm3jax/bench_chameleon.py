@@ -86,7 +86,7 @@ def in_jax(net: decoder.Decoder, params, vocab: vocabulary.Vocab, ids: np.ndarra
     state = grammar.start([grammar.SPAN_START] * len(ids), left=steps + 1)
     forced, keys = np.full((len(ids), steps), -1, np.int32), jax.random.split(jax.random.key(0), len(ids))
     fixed = decode.pad([list(ids)], ids.shape[1]), state, decode.settings(greedy, rows), forced, keys
-    params = decoder.apart(params)  # as `generate.of` does
+    params = decoder.apart(params)  # as `generate.load` does
     return lambda: np.asarray(decode.decode(net, rules, decode.kind(greedy), steps, params, *fixed).ids)
 
 

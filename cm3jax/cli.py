@@ -30,7 +30,9 @@ IMPORTED = "imported.json"  # foreign.ABOUT, which would load jax
 TrainedStage = Literal["decoder", "image", "text", "retriever"]
 FeatureName = Literal["edges", "segmentation", "hed", "pose", "depth", "normals", "scribble"]
 Benchmark = Literal["all", "train", "decode", "data", "prepare", "chameleon", "chameleon-7b"]
-SuiteName = Literal["scenes", "tasks", "pictures", "captions", "vqa", "vizwiz", "science-qa", "visdial"]
+SuiteName = Literal[
+    "scenes", "tasks", "pictures", "reconstruction", "captions", "vqa", "vizwiz", "science-qa", "visdial"
+]
 TextKind = Literal["captions", "vqa", "vizwiz", "science-qa", "visdial"]
 Examples = UseAppendAction[tuple[tuple[str, ...], ...]]
 StageName = Literal["", "prepare", "text", "image", "tokens", "retriever", "bank", "neighbours", "decoder", "evaluate"]
@@ -380,7 +382,8 @@ class Edit:
     cm3jax edit RUN photo.jpg "make the sky red" --example a.png "make the sky red" b.png
 
     With --image_guidance, how much the picture weighs and how much the instruction does are two numbers; Chameleon's
-    public code edits with the above.
+    public code edits with the above. Both compare with prompts whose instruction or picture is masked, which a model
+    must have seen: decoder.mask.rotate above 0 in its training.
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
@@ -767,8 +770,9 @@ class Evaluate:
     """Finished run folder."""
     suite: tuple[SuiteName, ...] = ()
     """scenes: what the evaluation without --suite makes, if it is not there. pictures: drawn from captions, by the
-    figures of --score.metrics. captions: CIDEr-D, BLEU, ROUGE-L. vqa, vizwiz, science-qa: accuracy. visdial:
-    NDCG, and MRR and recalls of the judged rounds. tasks: the embedded world's."""
+    figures of --score.metrics. reconstruction: by the same (psnr ssim lpips rfid), as the image tokenizer gives them
+    back. captions: CIDEr-D, BLEU, ROUGE-L. vqa, vizwiz: accuracy; science-qa: of the questions with a picture.
+    visdial: NDCG, and MRR and recalls of the judged rounds. tasks: the embedded world's."""
     held_out: str = ""
     """--suite: folder of `cm3jax prepare`, with the documents to score on; "": RUN."""
     split: str = "test"

@@ -19,6 +19,7 @@ COUNT = 8
 
 def drawings(recipe: Recipe, run: pathlib.Path) -> Callable[[Any, int], None]:
     """Return f(state, step) that draws the first validation captions with the decoder's weights."""
+    from cm3jax.nn import decoder
     from cm3jax.sample import generate
     from cm3jax.tokenizers import image, text
     from cm3jax.train import lm
@@ -28,7 +29,7 @@ def drawings(recipe: Recipe, run: pathlib.Path) -> Callable[[Any, int], None]:
     prompts = captions(run / "prepared")
 
     def draw(state, step: int) -> None:
-        params = state.extra.get("ema", state.params)
+        params = decoder.apart(state.extra.get("ema", state.params))
         generator = generate.of(recipe, model, params, *tokenizers, COUNT)
         sampling = recipe.evaluate.draw[0]
         drawn = provenance.Model(recipe.name, step, "not recorded")  # these may never be saved

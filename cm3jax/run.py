@@ -92,15 +92,13 @@ def text(recipe: Recipe, run: pathlib.Path) -> None:
 
 def image(recipe: Recipe, run: pathlib.Path) -> None:
     """Pictures of the training split -> image/."""
-    import jax
-
-    from cm3jax import hooks
+    from cm3jax import hooks, sharding
     from cm3jax.data import index, shards
     from cm3jax.tokenizers import image
     from cm3jax.train import loop, vqgan
 
     index.check(run / "prepared", HOW["prepare"].format(run=run))
-    stage, host = recipe.image, (jax.process_index(), jax.process_count())
+    stage, host = recipe.image, sharding.host_share(sharding.mesh(recipe.image.training.mesh))
     prepared, resolution, codes = run / "prepared", recipe.prepare.resolution, recipe.vocab.image
     held_out = "validation" in shards.splits(prepared)
     state = loop.train(
@@ -164,9 +162,7 @@ def retrieves(recipe: Recipe) -> bool:
 
 def retriever(recipe: Recipe, run: pathlib.Path) -> None:
     """Pairs of the training split, or published weights -> retriever/."""
-    import jax
-
-    from cm3jax import trees
+    from cm3jax import sharding, trees
     from cm3jax.data import index, pair_batches, shards
     from cm3jax.retrieval import encoder
     from cm3jax.tokenizers import clip as tokenizers
@@ -177,7 +173,8 @@ def retriever(recipe: Recipe, run: pathlib.Path) -> None:
         say(f"retriever: {trees.size(published[1]):,} parameters from {recipe.retriever.weights}")
         return encoder.save(run / "retriever", *published) if hosts.lead() else None
     index.check(run / "prepared", HOW["prepare"].format(run=run))
-    stage, host, prepared = recipe.retriever, (jax.process_index(), jax.process_count()), run / "prepared"
+    stage, prepared = recipe.retriever, run / "prepared"
+    host = sharding.host_share(sharding.mesh(stage.training.mesh))
     tokenizer = tokenizers.load(run / "text")
     held_out = "validation" in shards.splits(prepared)
     state = loop.train(
@@ -269,7 +266,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     """Token shards -> decoder/."""
     import jax
 
-    from cm3jax import checkpoint, hooks
+    from cm3jax import checkpoint, hooks, sharding
     from cm3jax.data import index, mixing, paths, pipeline, retrieved
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
@@ -280,7 +277,8 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         index.check(folder, HOW["tokens"].format(run=folder.parent))
     if recipe.decoder.start:
         check_start(pathlib.Path(recipe.decoder.start), run / "tokens")
-    stage, vocab, host = recipe.decoder, recipe.vocab, (jax.process_index(), jax.process_count())
+    stage, vocab = recipe.decoder, recipe.vocab
+    host = sharding.host_share(sharding.mesh(stage.training.mesh))
     held_out = "validation" in token_shards.splits(run / "tokens")
     mixture = dataclasses.replace(stage.mixture, sets=tuple(map(str, sets)))
     stage = dataclasses.replace(stage, mixture=mixture)

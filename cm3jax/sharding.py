@@ -69,18 +69,24 @@ def mesh(config: configs.Mesh, devices=None) -> Mesh:
       devices: Devices to use; None: all.
 
     Raises:
-      UserError: if the sizes do not fit the devices, or tensor would span slices.
+      UserError: if the sizes do not fit the devices or their network, or tensor would span slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(config, len(devices), slices(devices))
     count = math.prod(sizes)
     if count < len(devices) and len({d.process_index for d in devices}) > 1:
         raise UserError(f"mesh {_text(sizes)} leaves out devices of other hosts: {len(devices)} devices; set one to -1")
-    types = (AxisType.Auto,) * len(AXES)  # make_mesh's default, Explicit, is not for linen modules
-    if (several := slices(devices[:count])) > 1:
-        inner, outer = _over_slices(sizes, several)
-        return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices[:count]), AXES, axis_types=types)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+    several = slices(devices[:count])
+    inner, outer = _over_slices(sizes, several)
+    split = {"allow_split_physical_axes": True}  # where no whole axes of the torus give the sizes, parts of them do
+    try:
+        if several > 1:
+            found = mesh_utils.create_hybrid_device_mesh(inner, outer, devices[:count], **split)
+        else:
+            found = mesh_utils.create_device_mesh(sizes, devices[:count], **split)
+    except NotImplementedError as e:
+        raise UserError(f"mesh {_text(sizes)} cannot be laid on the network of these {count} devices: {e}") from None
+    return Mesh(found, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # Explicit, a default, is not for linen modules
 
 
 def mesh_of(tree) -> Mesh | None:
@@ -104,6 +110,28 @@ def filled(rows: int, mesh: Mesh | None) -> int:
     return -(-rows // shares(mesh)) * shares(mesh)
 
 
+def host_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Return (i, n): a host brings the i-th of the n equal parts into which a batch's rows are split.
+
+    Hosts over which one group of `tensor` devices lies hold the same rows, and bring the same part.
+
+    Args:
+      process: The host's number; None: this one.
+
+    Raises:
+      UserError: if hosts hold a part of their rows in common.
+    """
+    process, held = jax.process_index() if process is None else process, {}
+    for number, group in enumerate(mesh.devices.reshape(shares(mesh), -1)):
+        for device in group:
+            held.setdefault(device.process_index, set()).add(number)
+    parts = sorted({tuple(sorted(numbers)) for numbers in held.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != shares(mesh):
+        sizes = tuple(mesh.shape.values())
+        raise UserError(f"mesh {_text(sizes)}: groups of {sizes[2]} devices lie across hosts unevenly; change tensor")
+    return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
 def slices(devices) -> int:
     """Return the number of TPU slices that devices lie on; 1 for all other devices."""
     return len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"}) or 1
@@ -111,11 +139,13 @@ def slices(devices) -> int:
 
 def _over_slices(sizes: tuple[int, ...], count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the sizes within a slice and over the slices, whose products are `sizes`."""
+    if count == 1:
+        return sizes, (1, 1, 1)
     replica = math.gcd(sizes[0], count)
     fsdp = math.gcd(sizes[1], count // replica)
     if replica * fsdp != count:
         raise UserError(
-            f"mesh {_text(sizes)} does not split over {count} slices: set --mesh.replica to a multiple of {count}"
+            f"mesh {_text(sizes)} does not split over {count} slices: set mesh.replica to a multiple of {count}"
             " (0: one copy per slice); tensor must stay within one"
         )
     return (sizes[0] // replica, sizes[1] // fsdp, sizes[2]), (replica, fsdp, 1)
@@ -128,7 +158,7 @@ def _sizes(config: configs.Mesh, count: int, slices: int) -> tuple[int, ...]:
         raise UserError(f"mesh {_text(sizes)}: sizes must be at least 1, and one of them at most -1 (what is left)")
     fixed = math.prod(s for s in sizes if s != -1)
     if fixed > count or (-1 in sizes and count % fixed):
-        raise UserError(f"mesh {_text(sizes)} does not fit {count} devices; change --mesh.replica, .fsdp or .tensor")
+        raise UserError(f"mesh {_text(sizes)} does not fit {count} devices; change mesh.replica, .fsdp or .tensor")
     return tuple(count // fixed if s == -1 else s for s in sizes)
 
 
@@ -282,17 +312,17 @@ def place(mesh: Mesh, batch, size: int | None = None):
 
     Args:
       mesh: From `mesh`.
-      batch: Tree of numpy arrays [size / hosts, ...]: the rows of this host.
+      batch: Tree of numpy arrays [size / n, ...]: the rows of this host, the i-th part of n (`host_share`).
       size: Rows of the global batch; None: what the hosts bring.
 
     Raises:
       UserError: if the rows do not divide over the mesh, or this host brings a wrong number of them.
     """
-    size = len(jax.tree.leaves(batch)[0]) * jax.process_count() if size is None else size
-    ways = shares(mesh)
+    parts, ways = host_share(mesh)[1], shares(mesh)
+    size = len(jax.tree.leaves(batch)[0]) * parts if size is None else size
     if size % ways:
         raise UserError(f"batch = {size} rows: not a multiple of the {ways} devices that share it (replica x fsdp)")
-    local = size // jax.process_count()
+    local = size // parts
 
     def one(path, x):
         x = np.asarray(x)

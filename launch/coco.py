@@ -175,7 +175,9 @@ def score(settings: Coco, found: Sequence[Prompt], out: pathlib.Path, count: int
     stages.write_text(drawn / "metadata.jsonl", "\n".join(lines) + "\n")
     weights = configs.Weights(inception=settings.inception, clip=settings.clip)
     wanted = configs.Score(metrics=("fid", "clip_score"), weights=weights)
-    result = scores.score(drawn, out / "reference", wanted, path, out / "cache", tools=tools)
+    how = {name: about[name] for name in ("sampling", "candidates", "seed")}
+    made = {"decoding": how}  # but for the documents, which are what the table compares
+    result = scores.score(drawn, out / "reference", wanted, path, out / "cache", tools=tools, made=made)
     stages.write_text(path, json.dumps(result | {"drawn": about | {"documents": count}}, indent=1) + "\n")
     return str(path)
 

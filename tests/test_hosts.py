@@ -177,6 +177,13 @@ def test_20_losses_of_four_processes_are_those_of_one(alone, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 1, 4), (2, 1, 4)])
+def test_20_losses_of_hosts_that_share_a_group_of_tensor_devices_are_those_of_one(mesh, alone, tmp_path):
+    outputs(start(tmp_path, 2 * mesh[0], 2, mesh=mesh, save_every=100))
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_only_the_lead_writes_and_tells(two):
     lead, other = two[1]
     assert "step 20: checkpoint committed" in lead and "step 20/20, loss" in lead

@@ -247,7 +247,7 @@ def test_a_run_whose_meta_changed_names_the_field(tmp_path):
 
 
 def test_a_checkpoint_past_the_last_step_is_refused(interrupted):
-    with pytest.raises(UserError, match="4' is past training.steps = 3; raise --training.steps"):
+    with pytest.raises(UserError, match="4' is past training.steps = 3; raise --train.training.steps"):
         run(interrupted, steps=3)
 
 

@@ -15,7 +15,7 @@ from cm3jax.sample import decode, generate, tasks
 from cm3jax.tasks import show, table, templates
 from cm3jax.tokenizers import document
 from cm3jax.types import UserError
-from cm3jax.vocab import EOSS, Vocab
+from cm3jax.vocab import EOD, EOSS, Vocab
 
 VOCAB = Vocab(text=320, image=11, sentinels=4, multiple=8)
 SIDE, CODES, LENGTH = 8, 4, 160
@@ -64,6 +64,15 @@ def test_the_likelihood_of_a_text_is_that_of_its_tokens_one_by_one_with_a_cache(
         seen.append(float(value))
     np.testing.assert_allclose(generator.likelihood([prompt], texts[:1]), found[:1], rtol=1e-5)
     assert len(set(seen)) == 3
+
+
+def test_a_text_may_be_longer_than_what_it_goes_on_from(generator):
+    text, few = " a b c d e f" * 2, np.array([EOD, VOCAB.text_start], np.uint16)
+    short = document.Prompt("question", few, few, "text", EOSS)
+    ids = [*document.text_ids(text, generator.text, VOCAB), EOSS]
+    logprobs = np.array(jax.nn.log_softmax(stepwise(generator, short, ids)))[np.arange(len(ids)), ids]
+    assert len(ids) > 16
+    assert float(generator.likelihood([short], [text])[0]) == pytest.approx(float(logprobs.sum()), abs=1e-3)
 
 
 def stepwise(generator, prompt, ids):

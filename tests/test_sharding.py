@@ -57,13 +57,48 @@ def test_two_slices_lie_along_replica_and_only_what_is_left_of_them_along_fsdp(a
 
 
 def test_tensor_parallelism_over_slices_is_refused_with_the_fix():
-    with pytest.raises(UserError, match=r"mesh replica=1 x fsdp=1 x tensor=8 .* 2 slices: set --mesh.replica to a"):
+    with pytest.raises(UserError, match=r"mesh replica=1 x fsdp=1 x tensor=8 .* 2 slices: set mesh.replica to a"):
         sharding.mesh(configs.Mesh(1, 1, 8), two_slices())
 
 
 def test_one_slice_of_two_can_be_had_alone():
     found = sharding.mesh(configs.Mesh(), [d for d in two_slices() if d.slice_index == 1])
     assert dict(found.shape) == {"replica": 1, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize("name, sizes", [("v5e:8x8", (1, -1, 4)), ("v6e:8x8", (1, -1, 4)), ("v5p:4x4x4", (1, -1, 2))])
+def test_tensor_parallelism_finds_a_layout_on_every_torus(name, sizes):
+    """Also where no whole axis of it is as long as that."""
+    devices = topologies.get_topology_desc(name, "tpu").devices
+    found = sharding.mesh(configs.Mesh(*sizes), devices)
+    assert found.devices.shape == (1, len(devices) // sizes[2], sizes[2])
+    assert set(found.devices.flat) == set(devices)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+def test_hosts_bring_every_row_once_and_those_that_hold_the_same_rows_the_same(tensor):
+    """Four chips a host, in a square: a group of 4 in a row, or of 8, lies across hosts."""
+    found = sharding.mesh(configs.Mesh(1, -1, tensor), topologies.get_topology_desc("v5e:8x8", "tpu").devices)
+    held, brought = {}, {}
+    for number, group in enumerate(found.devices.reshape(sharding.shares(found), -1)):
+        for device in group:
+            held.setdefault(device.process_index, set()).add(number)
+    for process in held:
+        brought.setdefault(sharding.host_share(found, process), []).append(held[process])
+    counts = {n for _, n in brought}
+    assert len(held) == 16 and len(counts) == 1 and {i for i, _ in brought} == set(range(counts.pop()))
+    assert all(rows == group[0] for group in brought.values() for rows in group)
+    assert sorted(n for group in brought.values() for n in group[0]) == list(range(64 // tensor))
+
+
+def test_hosts_that_hold_some_rows_in_common_are_refused():
+    hosts = {}
+    for device in topologies.get_topology_desc("v5e:2x4", "tpu").devices:
+        hosts.setdefault(device.process_index, []).append(device)
+    uneven = np.array([*hosts[0][:3], *hosts[1][:3]]).reshape(1, 3, 2)
+    made = jax.sharding.Mesh(uneven, sharding.AXES)
+    with pytest.raises(UserError, match="groups of 2 devices lie across hosts unevenly; change tensor"):
+        sharding.host_share(made, 0)
 
 
 def test_only_tpus_have_slices():

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from cm3jax import cli, hosts, trees, vocab
+from cm3jax import cli, hosts, sharding, trees, vocab
 from cm3jax import config as configs
 from cm3jax.train import lm, loop
 
@@ -49,10 +49,10 @@ def batch(step: int) -> dict[str, np.ndarray]:
     }
 
 
-def batches(start: int, pause: float = 0.0):
+def batches(settings: configs.DecoderStage, start: int, pause: float = 0.0):
     """This host's rows of the batches from `start` on."""
-    share = BATCH // hosts.count()
-    mine, step = slice(hosts.index() * share, (hosts.index() + 1) * share), start
+    i, n = sharding.host_share(sharding.mesh(settings.training.mesh))
+    mine, step = slice(i * BATCH // n, (i + 1) * BATCH // n), start
     while True:
         time.sleep(pause)
         yield {name: x[mine] for name, x in batch(step).items()}
@@ -61,7 +61,8 @@ def batches(start: int, pause: float = 0.0):
 
 def train(folder, pause: float = 0.0, **changes):
     settings = stage(**changes)
-    return loop.train(lm.task(settings, VOCAB), lambda start: batches(start, pause), None, settings.training, folder)
+    rows = lambda start: batches(settings, start, pause)  # noqa: E731
+    return loop.train(lm.task(settings, VOCAB), rows, None, settings.training, folder)
 
 
 def main(folder: str, options: dict) -> None:

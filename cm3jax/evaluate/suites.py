@@ -1,10 +1,11 @@
 """Named suites of scores: what is held out is drawn, described or answered by a run's model, and scored.
 
     pictures   a picture for each caption, against those held out (`score`; the settings name metrics and weights)
+    reconstruction  each picture as the image tokenizer gives it back, against itself (`score`, likewise)
     captions   a caption for each picture, against what people wrote (`words`)
     vqa        answers to questions about pictures, against those of people (`words`)
     vizwiz     the same for VizWiz's questions, which have an accuracy of their own (`words`)
-    science-qa choices among given answers, explained first where people explained theirs (`words`)
+    science-qa choices among given answers, of questions with a picture, explained first where people did (`words`)
     visdial    candidates for an answer, by their likelihood, against how fitting people found each (`words`)
     tasks      answers to the embedded world's tasks, against their exact truth (`tasks`)
 
@@ -73,6 +74,7 @@ class Bench:
     run: pathlib.Path
     recipe: configs.Recipe
     reader: shards.Reader
+    split: str
     decoding: Decoding
     scoring: configs.Score
     say: Callable[[str], Any]
@@ -159,17 +161,18 @@ def evaluate(
       recipe: The run's; `recipe.evaluate` says how many documents, and how texts are written.
       held_out: A run folder whose prepared/ holds the documents.
       split: Of them.
-      scoring: Of the suite of pictures.
+      scoring: Of the suites of pictures.
 
     Raises:
       UserError: for what is missing, before any work of a suite.
     """
     run = pathlib.Path(run)
-    if "pictures" in names:
+    if {"pictures", "reconstruction"} & set(names):
         score.needs(scoring, "score.")
-    if (asks := sorted(set(names) - {"pictures", "captions"})) and recipe.form.kind != "cm3leon":
+    if (asks := sorted(set(names) - {"pictures", "reconstruction", "captions"})) and recipe.form.kind != "cm3leon":
         raise UserError(f"suite {asks[0]} asks as CM3Leon's documents do; {run} is of form {recipe.form.kind}")
-    bench = Bench(run, recipe, shards.Reader(pathlib.Path(held_out) / "prepared", split), decoding, scoring, say)
+    reader = shards.Reader(pathlib.Path(held_out) / "prepared", split)
+    bench = Bench(run, recipe, reader, split, decoding, scoring, say)
     found = {}
     with stages.locked(run):
         for name in names:
@@ -221,7 +224,7 @@ def spoken(
     paths = [folder / "said.json", folder / "truth.json"]
     for path, value in zip(paths, files([bench.reader[i] for i in rows], said), strict=True):
         write_text(path, json.dumps(value) + "\n")
-    return words.score(name, paths[0], paths[1:], out, say=saying(bench, name), made=how)
+    return words.score(name, paths[0], paths[1:], out, split=bench.split, say=saying(bench, name), made=how)
 
 
 def saying(bench: Bench, suite: str) -> Callable[[str], Any]:
@@ -320,7 +323,7 @@ CHOICES = ("choice", "reasoning")
 
 
 def science_qa(bench: Bench, out: pathlib.Path) -> dict:
-    """Score choices among given answers by ScienceQA's accuracy."""
+    """Score choices among given answers by ScienceQA's accuracy, of the questions with a picture."""
     settings = bench.recipe.evaluate
 
     def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
@@ -338,11 +341,11 @@ def science_qa(bench: Bench, out: pathlib.Path) -> dict:
         for record, text in zip(records, said, strict=True):
             truth, hint = record.fields["truth"], unanswered(record.fields["task"], record)["context"]
             picked[record.key] = answers.chosen(text, truth["choices"])
-            problems[record.key] = truth | {"hint": hint, "image": "image.png", "split": "test"}  # as `words` has it
+            problems[record.key] = truth | {"hint": hint, "image": "image.png", "split": bench.split}
         return {"results": picked}, problems
 
     fits = lambda record: truth_of(record, "choices", *CHOICES)  # noqa: E731
-    how = decoded(settings, settings.write, max_text=settings.max_text)
+    how = decoded(settings, settings.write, max_text=settings.max_text) | {"questions": "those with a picture"}
     return spoken(bench, "science-qa", out, fits, "a question with choices", how, work, files)
 
 
@@ -415,6 +418,26 @@ def pictures(bench: Bench, out: pathlib.Path) -> dict:
     return score.score(*sides, bench.scoring, out, cache, say=saying(bench, "pictures"), made=how)
 
 
+def reconstruction(bench: Bench, out: pathlib.Path) -> dict:
+    """Score pictures as the image tokenizer gives them back; they and the originals lie in the suite's folder."""
+    rows = bench.rows(lambda record: protocol.first(record)[1] is not None, "reconstruction: a picture")
+    folder = bench.folder("reconstruction", rows, {})
+    sides = folder / "rebuilt", folder / "originals"
+
+    def work(records: list[Record], numbers: list[int], seed: int) -> list[list[int]]:
+        originals = np.stack([protocol.first(record)[1] for record in records])
+        codes = bench.generator.image.encode(originals)
+        for side, pictures in zip(sides, (bench.generator.image.decode(codes), originals), strict=True):
+            side.mkdir(exist_ok=True)
+            for number, pixels in zip(numbers, pictures, strict=True):
+                Image.fromarray(pixels).save(side / f"{number:06d}.png")
+        return codes.tolist()
+
+    bench.answers(folder, rows, work)
+    cache = bench.run / "suites" / "cache"
+    return score.score(*sides, bench.scoring, out, cache, say=saying(bench, "reconstruction"))
+
+
 # ---------------------------------------------------------------------------------------------------------------- tasks
 
 
@@ -475,6 +498,7 @@ def kept(path: pathlib.Path, field: str) -> list[dict[str, Any]]:
 
 SUITES: dict[str, Callable[[Bench, pathlib.Path], dict]] = {
     "pictures": pictures,
+    "reconstruction": reconstruction,
     "captions": captions,
     "vqa": vqa,
     "vizwiz": vizwiz,

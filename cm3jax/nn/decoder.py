@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         return x, tuple(after)
 
 
-def apart(params, layer=lambda w, i: w[i]):
+def apart(params, layer=lambda w, i: w[i], delete: bool = False):
     """Return parameters with {"0": ..., "1": ...} in place of the stack of all layers' weights.
 
     For decoding: on a CPU a step of the loop would copy each layer's weights out of the stack, which costs as much as
@@ -182,10 +182,17 @@ def apart(params, layer=lambda w, i: w[i]):
 
     Args:
       layer: What stands for layer i of a stack; arrays that are not there need another.
+      delete: Each stack, once it is taken apart, so that there are never two copies of all; the caller has no more use
+        for it.
     """
-    layers = params["layers"]
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return {**params, "layers": {str(i): jax.tree.map(lambda w: layer(w, i), layers) for i in range(count)}}  # noqa: B023
+    stacks, tree = jax.tree.flatten(params["layers"])
+    count, found = stacks[0].shape[0], []
+    for stack in stacks:
+        found.append([layer(stack, i) for i in range(count)])
+        if delete:
+            stack.delete()
+    layers = {str(i): jax.tree.unflatten(tree, [pieces[i] for pieces in found]) for i in range(count)}
+    return {**params, "layers": layers}
 
 
 def kept(remat: str):

@@ -47,7 +47,7 @@ def step(stage: configs.DecoderStage, vocab: Vocab, devices: list[jax.Device]) -
     """
     stage = lm.resolve(stage, devices[0])
     mesh = sharding.mesh(stage.training.mesh, devices)
-    loop.check_batch(stage.training, mesh)
+    loop.check_batch(stage.training, mesh, "decoder")
     return Step(stage, mesh, loop.compile(lm.task(stage, vocab), stage.training, mesh, "decoder"))
 
 

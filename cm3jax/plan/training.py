@@ -174,9 +174,11 @@ def changes(recipe: Recipe, chips: int) -> Iterator[Change]:
     for remat in kinds[kinds.index(model.remat) + 1 :]:
         model = dataclasses.replace(model, remat=remat)
         yield _change(recipe, model, training)
+    mesh = training.mesh if training.mesh.replica == -1 else dataclasses.replace(training.mesh, fsdp=-1)
     for ways in (2, 4, 8):
-        if ways > tensor and chips % ways == 0 and (model.kv_heads or model.heads) % ways == 0:
-            yield _change(recipe, model, dataclasses.replace(training, mesh=configs.Mesh(1, -1, ways)))
+        fixed = ways * (mesh.fsdp if mesh.replica == -1 else max(mesh.replica, 1))
+        if ways > tensor and chips % fixed == 0 and (model.kv_heads or model.heads) % ways == 0:
+            yield _change(recipe, model, dataclasses.replace(training, mesh=dataclasses.replace(mesh, tensor=ways)))
 
 
 def _change(recipe: Recipe, model: configs.Decoder, training: configs.Training) -> Change:
@@ -184,6 +186,7 @@ def _change(recipe: Recipe, model: configs.Decoder, training: configs.Training) 
     named = {
         "--decoder.accumulate": (training.accumulate, old.training.accumulate),
         "--decoder.remat": (model.remat, old.model.remat),
+        "--decoder.fsdp": (training.mesh.fsdp, old.training.mesh.fsdp),
         "--decoder.tensor": (training.mesh.tensor, old.training.mesh.tensor),
     }
     flags = " ".join(f"{name} {new}" for name, (new, before) in named.items() if new != before)

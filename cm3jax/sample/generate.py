@@ -57,7 +57,8 @@ def load(run, batch: int = 16, step: int | None = None, mesh: configs.Mesh | Non
         raise UserError(f"run {str(run)!r}: no recipe.json there; give the folder that `cm3jax run` wrote")
     recipe = configs.load(run / "recipe.json")
     text, image = texts.load(run / "text"), images.load(run / "image")
-    return of(recipe, layout.model(recipe), weights(run, recipe, step, mesh), text, image, batch)
+    params = decoder.apart(weights(run, recipe, step, mesh), delete=True)
+    return of(recipe, layout.model(recipe), params, text, image, batch)
 
 
 def weights(run, recipe: configs.Recipe, step: int | None = None, mesh: configs.Mesh | None = None):
@@ -91,13 +92,11 @@ def identity(run, step: int | None = None) -> tuple[int, str]:
 
 
 def of(recipe: configs.Recipe, model: decoder.Decoder, params, text, image, batch: int = 16) -> "Generator":
-    """Return the generator of a recipe's form, with weights that are in memory; for the rest see `Generator`."""
+    """Return the generator of a recipe's form; for the arguments see `Generator`."""
     from cm3jax.sample import turns  # which stands on this file
 
     kind = {"cm3leon": Generator, "chameleon": turns.Generator}[recipe.form.kind]
-    return kind(
-        model, decoder.apart(params), recipe.vocab, text, image, batch, recipe.decoder.packing.picture, recipe.form
-    )
+    return kind(model, params, recipe.vocab, text, image, batch, recipe.decoder.packing.picture, recipe.form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,6 +377,7 @@ class Generator:
         self._room(prompts, "the text", count := int(sizes.max(initial=1)))
         rows = [document.join(prompt.ids, ids) for prompt, ids in zip(prompts, spoken, strict=True)]
         length, found = decode.bucket(max(map(len, rows), default=1)), []
+        count = min(decode.bucket(count), length - 1)
         size = sharding.filled(self.batch, self.mesh)
         first = self.model.length - self.picture if self.picture else None
         for at in range(0, len(rows), size):
@@ -385,7 +385,7 @@ class Generator:
             hidden, before = ([getattr(prompts[i], name) for i in here] for name in ("hidden", "retrieved"))
             padded = decode.pad([[rows[i] for i in here]], length, [hidden], self.vocab, first, before, self.picture)
             with sharding.within(self.mesh):
-                logprobs = _logprobs(self.model, decode.bucket(count), self.params, padded)
+                logprobs = _logprobs(self.model, count, self.params, padded)
             found += list(np.asarray(logprobs)[: len(rows) - at])
         sums = [row[len(row) - n :].sum() for row, n in zip(found, sizes, strict=True)]
         return np.where(sizes > 1, sums, -np.inf).astype(np.float32)

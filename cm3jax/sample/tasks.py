@@ -62,7 +62,7 @@ def answer(
                 templates.following(prompt, ids, generator.vocab) for prompt, ids in zip(prompts, spans, strict=True)
             ]
         # another stream for each field: the same one would draw all by the same numbers
-        spans = generator._span_ids(prompts, (seed + i) % configs.SEEDS, sampling or generate.GREEDY, max_text)
+        spans = generator._span_ids(prompts, seed, sampling or generate.GREEDY, max_text, f"sample/{i}")
         for row, ids in zip(found, spans, strict=True):
             row.append(document.decode_text(ids[:-1], generator.text, generator.vocab))
     return [templates.answers(task, row) for row in found]

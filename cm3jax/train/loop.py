@@ -70,7 +70,7 @@ def train(
       UserError: if a checkpoint does not fit, a batch does not divide over the mesh, or the loss stops being finite.
       Interrupted: on Ctrl-C or SIGTERM, once the step is finished and saved.
     """
-    check_batch(training, mesh := sharding.mesh(training.mesh, devices))
+    check_batch(training, mesh := sharding.mesh(training.mesh, devices), name)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     compiled = compile(task, training, mesh, name)
@@ -144,13 +144,13 @@ def _all_finite(tree):
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
-def check_batch(training: configs.Training, mesh) -> None:
+def check_batch(training: configs.Training, mesh, name: str) -> None:
     """Raise UserError if the batch does not divide over a mesh."""
     ways = mesh.shape["replica"] * mesh.shape["fsdp"] * training.accumulate
     if training.batch % ways:
         raise UserError(
-            f"training.batch = {training.batch}: not a multiple of {ways} = replica {mesh.shape['replica']} x fsdp"
-            f" {mesh.shape['fsdp']} x accumulate {training.accumulate}; change --training.batch or the mesh"
+            f"{name}.training.batch = {training.batch}: not a multiple of {ways} = replica {mesh.shape['replica']} x"
+            f" fsdp {mesh.shape['fsdp']} x accumulate {training.accumulate}; change --{name}.training.batch or the mesh"
         )
 
 
@@ -200,8 +200,8 @@ def _check_identity(folder, step: int, saved, now, training: configs.Training) -
             )
     if step > training.steps:
         raise UserError(
-            f"checkpoint {str(folder / str(step))!r} is past training.steps = {training.steps}; raise --training.steps,"
-            " or remove the folder (--redo) to train anew"
+            f"checkpoint {str(folder / str(step))!r} is past training.steps = {training.steps}; raise"
+            f" --{now['name']}.training.steps, or remove the folder (--redo) to train anew"
         )
 
 

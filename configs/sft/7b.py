@@ -12,7 +12,10 @@ Every set is a run folder of its own, prepared as documents of its tasks and enc
 `cm3jax prepare --help` names the sets, `--decoder.mixture.weights` gives them other than equal shares, and the last
 command counts every task in the rows. The paper: learning rate 5e-5, warm-up 150, batch 2M tokens, 30B tokens, rows of
 4096, sets up- and down-sampled with thresholds 3 and 0.3. Read by us: 2M as 512 rows, 2**21 tokens; a threshold as how
-often an epoch passes over a set; and ours is that half of the documents mask exactly their task's answer.
+often an epoch passes over a set; and ours is that half of the documents mask exactly their task's answer. The other
+half keeps whole masked stretches (mask.rotate 0.5), which guidance needs; but a question masked with all its words is
+like a masked caption, and our small model then wrote questions for captions (RESULTS.md). --decoder.mask.rotate 0 ends
+that, where tasks are drawn without guidance.
 
 Not run here: no weights are public. `cm3jax plan configs/sft/7b.py --topology v5e-256` tells if it fits, and how long.
 """
