@@ -1220,12 +1220,16 @@ def disk_is_full(error: BaseException | None) -> bool:
     return full or disk_is_full(error.__cause__ or error.__context__)
 
 
+DEVICES = ("accel*", "vfio/[0-9]*", "nvidia*", "kfd", "dxg")
+"""In /dev: TPUs, older and newer, NVIDIA's, AMD's, and a graphics card under WSL2."""
+
+
 def settle_platform() -> None:
     """Where there is no accelerator, tell jax so, and let this process keep the memory that a step frees.
 
     libtpu, which the tests install to compile for TPUs, complains at length on a machine without one.
     """
-    chips = [path for pattern in ("accel*", "vfio/[0-9]*", "nvidia*") for path in pathlib.Path("/dev").glob(pattern)]
+    chips = [path for pattern in DEVICES for path in pathlib.Path("/dev").glob(pattern)]
     if not chips and sys.platform == "linux":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         keep_memory()

@@ -111,7 +111,8 @@ class Training:
     evaluate_batches: int = 8
     """Batches of an evaluation, at most."""
     sample_every: int = 0
-    """Steps between sample pictures; 0: never."""
+    """Steps between sample pictures; 0: never. With several hosts one chip draws them, and needs room for the whole
+    model beside its share of the training."""
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2

@@ -18,7 +18,7 @@ COUNT = 8
 
 
 def drawings(recipe: Recipe, run: pathlib.Path) -> Callable[[Any, int], None]:
-    """Return f(state, step) that draws the first validation captions with the decoder's weights."""
+    """Return f(parameters, step) that draws the first validation captions with the decoder."""
     from cm3jax.nn import decoder
     from cm3jax.sample import generate
     from cm3jax.tokenizers import image, text
@@ -28,27 +28,25 @@ def drawings(recipe: Recipe, run: pathlib.Path) -> Callable[[Any, int], None]:
     tokenizers = text.load(run / "text"), image.load(run / "image")
     prompts = captions(run / "prepared")
 
-    def draw(state, step: int) -> None:
-        params = decoder.apart(state.extra.get("ema", state.params))
-        generator = generate.of(recipe, model, params, *tokenizers, COUNT)
+    def draw(params, step: int) -> None:
+        generator = generate.of(recipe, model, decoder.apart(params), *tokenizers, COUNT)
         sampling = recipe.evaluate.draw[0]
         drawn = provenance.Model(recipe.name, step, "not recorded")  # these may never be saved
         made = provenance.Made(drawn, "\n".join(prompts), 0, 0, configs.to_json(sampling))
         pictures = generator.text_to_image(prompts, made.seed, sampling)
         save(run / "decoder", "samples", step, [pictures], provenance.fields(made))
 
-    return draw if prompts else lambda state, step: None
+    return draw if prompts else lambda params, step: None
 
 
 def reconstructions(recipe: Recipe, run: pathlib.Path) -> Callable[[Any, int], None]:
-    """Return f(state, step) that shows the first validation pictures above what the image tokenizer makes of them."""
+    """Return f(parameters, step) that shows the first validation pictures above what the tokenizer makes of them."""
     from cm3jax.tokenizers import image
-    from cm3jax.train import vqgan
 
     originals = pictures(run / "prepared")
 
-    def rebuild(state, step: int) -> None:
-        params, side = vqgan.averaged(state), recipe.prepare.resolution
+    def rebuild(params, step: int) -> None:
+        side = recipe.prepare.resolution
         tokenizer = image.Tokenizer(recipe.image.model, recipe.vocab.image, side, params, batch=COUNT)
         save(run / "image", "samples", step, [originals, tokenizer.decode(tokenizer.encode(originals))])
 

@@ -63,7 +63,9 @@ def _check(settings: configs.Hosts) -> None:
     address, processes, process = settings.coordinator, settings.processes, settings.process
     if address and not address.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator = {address!r}: must be HOST:PORT, of the machine that runs process 0")
-    if processes < 0 or process >= max(processes, 1) or (process >= 0 and not processes):
+    if processes < 0:
+        raise UserError(f"--processes = {processes}: must be at least 1; 0: as the cluster tells")
+    if process >= max(processes, 1) or (process >= 0 and not processes):
         raise UserError(f"--process = {process}: must be below --processes = {processes}, and is counted from 0")
     if address and process < 0 and not _cluster():
         raise UserError("--coordinator: needs --processes N and --process I too, where no cluster tells them")

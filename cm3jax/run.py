@@ -107,7 +107,7 @@ def image(recipe: Recipe, run: pathlib.Path) -> None:
         (lambda: vqgan.eval_batches(prepared, stage, *host)) if held_out else None,
         stage.training,
         run / "image",
-        hooks=sampled(stage.training, hooks.reconstructions, recipe, run),
+        hooks=sampled(stage.training, vqgan.averaged, hooks.reconstructions, recipe, run),
         name="image",
         meta={"data": stages.read(prepared).result, "model": config.to_json(stage.model)},
     )
@@ -167,6 +167,7 @@ def retriever(recipe: Recipe, run: pathlib.Path) -> None:
     from cm3jax.retrieval import encoder
     from cm3jax.tokenizers import clip as tokenizers
     from cm3jax.train import clip, loop
+    from cm3jax.train import state as states
 
     if recipe.retriever.weights:
         published = encoder.read_published(recipe.retriever.weights)
@@ -186,7 +187,7 @@ def retriever(recipe: Recipe, run: pathlib.Path) -> None:
         name="retriever",
         meta={"data": stages.read(prepared).result, "model": config.to_json(stage.model)},
     )
-    weights = hosts.whole(clip.averaged(state))
+    weights = hosts.whole(states.averaged(state))
     if hosts.lead():
         encoder.save(run / "retriever", stage.model, weights, tokenizer)
 
@@ -270,6 +271,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     from cm3jax.data import index, mixing, paths, pipeline, retrieved
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
+    from cm3jax.train import state as states
 
     sets = tuple(paths.at_hand(name, run / ".sets") for name in recipe.decoder.mixture.sets)
     for folder in (run / "tokens", *sets):
@@ -311,7 +313,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         else None,
         stage.training,
         run / "decoder",
-        hooks=sampled(stage.training, hooks.drawings, recipe, run),
+        hooks=sampled(stage.training, states.averaged, hooks.drawings, recipe, run),
         name="decoder",
         meta=meta,
         weights=(lambda target: checkpoint.load_params(start, target=target)) if stage.start else None,
@@ -344,20 +346,20 @@ def check_start(start: pathlib.Path, tokens: pathlib.Path) -> None:
             )
 
 
-def sampled(training: config.Training, hook, recipe: Recipe, run: pathlib.Path) -> list:
-    """Return the loop's hooks: the sheet of sample pictures, if the settings ask for one."""
+def sampled(training: config.Training, weights, hook, recipe: Recipe, run: pathlib.Path) -> list:
+    """Return the loop's hooks: the sheet of sample pictures by weights(state), if the settings ask for one."""
     if not training.sample_every:
         return []
     draw = hook(recipe, run)
 
-    def alone(state, step: int) -> None:
-        """Let the lead draw, on one of its devices, with weights that all hosts bring together."""
-        state = state.replace(params=hosts.whole(state.params), opt_state=None, extra=hosts.whole(state.extra))
+    def sheet(state, step: int) -> None:
+        """Let the lead draw; with several hosts on one of its devices, with weights that all bring together."""
+        params = weights(state) if hosts.count() == 1 else hosts.whole(weights(state))
         if hosts.lead():
-            draw(state, step)
+            draw(params, step)
         hosts.barrier("sample pictures")
 
-    return [(training.sample_every, draw if hosts.count() == 1 else alone)]
+    return [(training.sample_every, sheet)]
 
 
 def evaluate(recipe: Recipe, run: pathlib.Path) -> None:

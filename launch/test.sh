@@ -4,7 +4,8 @@
 #   bash launch/test.sh [--setup-only] [--all] [arguments of pytest]
 #
 # Without --all: the fast tier, at most 10 minutes after the installation. With it: the slow tier too (the notebook, the
-# digits, the quickstart, parity, kills), at most 45 minutes, and the coverage of cm3jax/.
+# digits, the quickstart, parity, kills), at most 45 minutes, and the coverage of cm3jax/; where there is a Java runtime,
+# also the comparison with the Java tokenizer that captions are scored with elsewhere.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
@@ -15,6 +16,7 @@ tier=()
 if [ "${1:-}" = --all ]; then
     shift
     tier=(--slow --cov=cm3jax --cov-report=term:skip-covered --cov-fail-under=90)
+    if command -v java > /dev/null; then tier+=(--java); fi
 fi
 lint=0 tests=0
 .venv/bin/ruff check && .venv/bin/ruff format --check || lint=$?

@@ -18,6 +18,7 @@ from cm3jax.retrieval import encoder
 from cm3jax.tokenizers import clip as tokenizers
 from cm3jax.tokenizers import text
 from cm3jax.train import clip, loop
+from cm3jax.train import state as states
 from cm3jax.types import Record, UserError
 
 VOCAB, B = 128, 8
@@ -205,7 +206,7 @@ def test_the_loop_trains_it_and_the_saved_encoder_finds_what_belongs_together(pr
         tmp_path,
         name="retriever",
     )
-    encoder.save(tmp_path, MODEL, clip.averaged(state), tokenizer)
+    encoder.save(tmp_path, MODEL, states.averaged(state), tokenizer)
     found = encoder.load(tmp_path, batch=8)
     pairs = {r.parts[0]: r.parts[1] for r in records(40) if len(r.parts) == 2}
     scores = found.texts(list(pairs)) @ found.pictures(list(pairs.values())).T

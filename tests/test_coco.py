@@ -8,14 +8,17 @@ import sys
 import numpy as np
 import pytest
 import random_run
+import test_inception
 import test_memory
+import test_recall
 import test_rerank
 import test_score
+import torch_references
 from PIL import Image
 
 from cm3jax import config as configs
 from cm3jax.data import pictures as crops
-from cm3jax.evaluate import frechet, score
+from cm3jax.evaluate import frechet, results, score
 from cm3jax.retrieval import encoder as encoders
 from cm3jax.sample import generate, rerank
 from cm3jax.tokenizers import document
@@ -129,6 +132,32 @@ def tools(run):
     found = score.Tools(configs.Score(weights=configs.Weights(clip=str(run / "retriever"))))
     found.inception = test_score.network(weights="random")
     return found
+
+
+@pytest.mark.slow
+def test_the_recipe_with_nothing_in_the_place_of_its_parts(files, tmp_path, capsys):
+    """A bank of real documents, CLIP and Inception from files; only their weights are random."""
+    run, weights = test_recall.make(tmp_path / "run"), tmp_path / "inception.safetensors"
+    shapes = {source.name: source.shape for source in test_inception.files.sources().values()}
+    test_inception.write(weights, torch_references.drawn(shapes, 3))
+    told = ["--clip", str(run / "retriever"), "--inception", str(weights), "--out", str(tmp_path / "out")]
+    coco.main([str(files), str(run), *told, "--prompts", "4", "--candidates", "2", "--documents", "0", "2"])
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert rows[0] == "| result | fid | clip_score |" and len(rows) == 4
+    for count in (0, 2):
+        result = json.loads((tmp_path / "out" / f"drawn-{count}.json").read_text())
+        fid = result["metrics"]["fid"]
+        assert fid["value"] > 0 and len(fid["protocol"]["features"]["weights"]) == 64
+        assert fid["protocol"]["decoding"]["candidates"] == 2
+        for path in (tmp_path / "out" / f"drawn-{count}").glob("*.png"):
+            documents = json.loads(Image.open(path).text.get("documents", "[]"))
+            assert len({one["key"] for one in documents}) == count
+
+    again = tmp_path / "one.json"
+    result["metrics"]["fid"]["protocol"]["decoding"]["candidates"] = 1
+    again.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="decoding"):
+        results.table([tmp_path / "out" / "drawn-0.json", again])
 
 
 @pytest.mark.slow

@@ -46,14 +46,11 @@ def test_a_sheet_that_the_decoder_drew_says_so(prepared, monkeypatch):
         def text_to_image(self, prompts, seed, sampling):
             return np.stack([picture(seed)] * len(prompts))
 
-    class State:
-        extra, params = {}, None
-
     for module in (text, image):
         monkeypatch.setattr(module, "load", lambda folder: None)
     monkeypatch.setattr(generate, "of", lambda *arguments: Drawer())
     (prepared / "prepared").symlink_to(prepared)
-    hooks.drawings(config.Recipe(name="made up"), prepared)(State, 12)
+    hooks.drawings(config.Recipe(name="made up"), prepared)({"layers": {"w": np.zeros((1, 2))}}, 12)
     found = provenance.read(prepared / "decoder" / "samples" / "0000012.png")
     assert found["prompt"].split("\n") == hooks.captions(prepared) and found["step"] == "12"
     assert found["source"] == "trainedAlgorithmicMedia" and found["model"] == "made up"

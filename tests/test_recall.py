@@ -45,8 +45,11 @@ CAPTION = "a large red circle top left, on white"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("run"))
+
+
+def make(folder):
     """Return a run whose records, tokens, bank and neighbours are real; only its weights are random."""
-    folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources_scenes, "HELD_OUT", 4)
         run.prepare(RECIPE, folder)

@@ -83,6 +83,12 @@ def test_the_page_shows_every_task_with_what_was_given_what_came_and_what_is_tru
     assert found.tags.count("img") == before.tags.count("img") + 3 + 1
     text = " ".join(found.text.split())
     assert "edit0.8750.500256" in text.replace(" ", "") and "mIoU 0.625" in text and "instruction: make it red" in text
+    assert "parts, before" not in text and "trained from nothing" in text
+    earlier = {name: {"accuracy": 0.125, "whole": 0.25, "examples": 256} for name in scores}
+    (tmp_path / "recipe.json").write_text(json.dumps({"decoder": {"start": "runs/first"}}))
+    both = page_after(tmp_path, known | {"tasks": scores, "start": {**known, "tasks": earlier}})
+    told = "".join(both.text.split())
+    assert "edit0.8750.5000.1250.250256" in told and "tunedfromruns/first" in told
     assert "Which shape?→ a ring" in text.replace("? →", "?→") and "true: a star" in text and "Tasks" not in before.text
 
 

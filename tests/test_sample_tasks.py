@@ -1,5 +1,7 @@
 """Laws of answers to tasks; a tiny model with random weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,26 @@ def test_an_edit_is_drawn_code_by_code_as_training_has_it(generator):
     assert likeliest.tolist() == codes.tolist()
     (found,) = tasks.answer(generator, "edit", [row], 0, generate.GREEDY)
     assert np.array_equal(found["edited_image"], generator.image.decode(codes[None])[0])
+
+
+def test_a_guided_edit_weighs_three_streams_as_instruct_pix2pix_does(generator):
+    """uncond + b (picture - uncond) + a (full - picture) of teacher-forced logits (arXiv 2211.09800 §3.2.1)."""
+    row = values("edit")
+    (known,) = tasks.encoded(generator, table.find("edit"), [row])
+    prompt = templates.prompt("edit", known, generator.text, VOCAB)
+    sampling = dataclasses.replace(generate.GREEDY, guidance=7.5, image_guidance=1.5)
+    (found,) = tasks.answer(generator, "edit", [row], 0, sampling)
+    (codes,) = generator._codes([prompt], [CODES], 0, sampling)
+    drawn, scores = codes + VOCAB.image_start, []
+    for ids, hidden in prompt.streams(3):
+        # the logits of the ids that follow a stream do not depend on what made them
+        rows = forced(generator, np.concatenate([ids, drawn]), hidden)
+        scores.append(rows[len(ids) - 1 :][:CODES, VOCAB.image_start : VOCAB.sentinel_start])
+    full, picture, none = scores
+    mixed = none + 1.5 * (picture - none) + 7.5 * (full - picture)
+    assert mixed.argmax(-1).tolist() == codes.tolist()
+    assert np.array_equal(found["edited_image"], generator.image.decode(codes[None])[0])
+    assert not np.array_equal(full, picture) and not np.array_equal(picture, none)
 
 
 def test_the_second_field_is_written_behind_the_first(generator):

@@ -16,6 +16,7 @@ from cm3jax.data import shards
 from cm3jax.nn import perceptual, quantizer
 from cm3jax.tokenizers import image as tokenizer
 from cm3jax.train import loop, vqgan
+from cm3jax.train import state as train_state
 from cm3jax.types import Record, Region, UserError
 
 SIDE, CODES, B = 32, 16, 8
@@ -233,9 +234,9 @@ def test_accumulation_leaves_gradients_and_metrics_unchanged(plain):
     """Checked on the gradients, which an optimizer would only blur."""
     parts, state = vqgan.build(PLAIN, SIDE, CODES), plain[0][10]
     batch = {"pictures": jnp.asarray(pictures())}
-    one = lambda rows: vqgan.gradients(parts, state, jnp.asarray(True), jnp.asarray(False), rows)  # noqa: E731
+    one = lambda rows, i=0: vqgan.gradients(parts, state, jnp.asarray(True), jnp.asarray(False), rows)  # noqa: E731
     (whole, metrics), _ = jax.jit(one)(batch)
-    (halves, sums), (latents, indices) = jax.jit(lambda batch: vqgan.over_parts(one, batch, 2))(batch)
+    (halves, sums), (latents, indices) = jax.jit(lambda batch: train_state.over_parts(one, batch, 2))(batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a / 2, b, rtol=1e-3, atol=1e-5), halves, whole)
     for name, (value, _) in metrics.items():
         np.testing.assert_allclose(sums[name][0], value, rtol=1e-4, err_msg=name)

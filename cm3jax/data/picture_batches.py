@@ -83,7 +83,7 @@ class Pictures:
             if found := [i for i, part in enumerate(record.parts) if encode.is_picture(part)]:
                 return record, found[int(rng.integers(len(found)))]
             record = self.reader[int(rng.integers(len(self.reader)))]
-        raise UserError(f"{self.reader.paths[0].parent}: no picture in {TRIES} records of split train; prepare others")
+        raise UserError(f"{self.reader.paths[0].parent}: no picture in {TRIES} records; prepare others")
 
 
 def regions(record: Record, part: int, count: int) -> tuple[np.ndarray, np.ndarray]:

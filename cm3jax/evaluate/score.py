@@ -343,7 +343,8 @@ def _pairs(sides: Sequence[Side], settings: configs.Score, captions: str, name: 
     if same.all():
         raise UserError(f"{name}: all {len(values)} pictures equal their reference; is it the same folder?")
     found = {"value": float(values[~same].mean()), "deviation": float(values[~same].std()), "data": table.data[0]}
-    found |= {"equal": int(same.sum())} if name == "psnr" else {}
+    if same.any():
+        found |= {"equal": int(same.sum()), "warning": f"without {same.sum():,} pictures that equal their reference"}
     reference = {"count": table.count, "data": table.data[1]}
     return found | {"protocol": {"samples": table.count, "reference": reference, **about}}
 

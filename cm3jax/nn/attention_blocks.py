@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cm3jax.nn import attention
+from cm3jax.nn import attention, layers
 
 BLOCK = 256
 """Queries whose scores over all keys exist at one time: [b, n, 256, 4096] in float32 is 4 MiB for a row and head."""
@@ -25,17 +25,11 @@ def attend(
       keys: Segment of each key.
       first: Slot of the first query among the keys.
     """
-    b, t = queries.shape
-
-    def split(x: Array) -> Array:
-        """[b, t, ...] -> [blocks, b, BLOCK, ...], padded at the end."""
-        x = jnp.pad(x, [(0, 0), (0, -t % BLOCK)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, -1, BLOCK, *x.shape[2:]), 1, 0)
 
     def block(start, xs):
         q, queries = xs
         return start + BLOCK, attention.attend(q, k, v, attention.visible(queries, keys, start))
 
     body = jax.checkpoint(block, prevent_cse=False)
-    _, y = jax.lax.scan(body, jnp.asarray(first, jnp.int32), (split(q), split(queries)))
-    return jnp.moveaxis(y, 0, 1).reshape(b, -1, *q.shape[2:])[:, :t]
+    _, y = jax.lax.scan(body, jnp.asarray(first, jnp.int32), (layers.blocks(q, BLOCK), layers.blocks(queries, BLOCK)))
+    return layers.unblocked(y, q.shape[1])

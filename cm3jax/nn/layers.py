@@ -13,6 +13,18 @@ def truncated(std: float):
     return nn.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
 
 
+def blocks(x: Float[Array, "b t *c"] | Int[Array, "b t *c"], size: int):
+    """Return [ceil(t / size), b, size, ...], padded with zeros at the end: what a scan over the time t takes."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def unblocked(x: Float[Array, "n b size *c"], t: int) -> Float[Array, "b t *c"]:
+    """Return what `blocks` was given."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
+
+
 class Matrix(nn.Module):
     """y = x W, no bias (arXiv 2309.02591 §2.3). `axes` are the logical names of W's two sides."""
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from cm3jax import config as configs
 from cm3jax import sharding
-from cm3jax.nn import decoder
+from cm3jax.nn import decoder, layers
 
 
 def token_losses(
@@ -25,21 +25,13 @@ def token_losses(
         hit = targets[..., None] == jnp.arange(scores.shape[-1])
         return log_z - jnp.sum(jnp.where(hit, scores, 0), -1), log_z
 
-    b, t, _ = hidden.shape
+    t = targets.shape[1]
     table = decoder.output(params, config)
     if t <= chunk:
         return losses(table, hidden, targets)
 
-    def split(x: Array) -> Array:
-        """[b, t, ...] -> [chunks, b, chunk, ...], padded at the end."""
-        x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
-
-    def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t]
-
     # Gathered once for all chunks; in float32, so that the chunks' gradients add up without rounding.
     table = table.astype(jnp.float32)
     body = jax.checkpoint(lambda _, xs: (None, losses(table, *xs)), prevent_cse=False)
-    _, (nll, log_z) = jax.lax.scan(body, None, (split(hidden), split(targets)))
-    return join(nll), join(log_z)
+    _, (nll, log_z) = jax.lax.scan(body, None, (layers.blocks(hidden, chunk), layers.blocks(targets, chunk)))
+    return layers.unblocked(nll, t), layers.unblocked(log_z, t)

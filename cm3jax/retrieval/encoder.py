@@ -189,7 +189,7 @@ def save(folder, model: configs.CLIP, params, tokenizer: tokenizers.Tokenizer) -
     """Write a retriever's folder; other files in it stay.
 
     Args:
-      params: Unboxed: `train.clip.averaged(state)`.
+      params: Unboxed: `train.state.averaged(state)`.
       tokenizer: Its files are written beside.
     """
     folder = pathlib.Path(folder)

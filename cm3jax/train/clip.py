@@ -48,20 +48,12 @@ def task(stage: configs.Retriever, vocab: int) -> states.Task:
         state = states.update(state, gradients, optimizer)
         scale = jnp.minimum(state.params["logit_scale"], MOST_SCALE)
         state = state.replace(params=state.params | {"logit_scale": scale})
-        if training.ema:
-            ema = states.average(state.extra["ema"], state.params, training.ema, state.step)
-            state = state.replace(extra={"ema": ema})
-        return state, metrics
+        return states.with_average(state, training.ema), metrics
 
     def evaluate(state, batch):
-        return losses(net, averaged(state), batch, 1)[1]
+        return losses(net, states.averaged(state), batch, 1)[1]
 
     return states.Task(init, step, evaluate, flops.contrastive(stage.model, training.batch))
-
-
-def averaged(state: states.TrainState):
-    """Return the averaged weights, or the weights themselves if none are kept."""
-    return state.extra.get("ema", state.params)
 
 
 def losses(net: clip.CLIP, params, batch, parts: int):

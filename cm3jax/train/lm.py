@@ -62,14 +62,10 @@ def task(stage: configs.DecoderStage, vocab: Vocab) -> states.Task:
         metrics["gradient_norm"] = (optax.global_norm(gradients), jnp.float32(1))
         updated = states.update(state.replace(params=own), gradients, optimizer)
         state = updated.replace(params=part.put(state.params, updated.params))
-        if training.ema:
-            ema = states.average(state.extra["ema"], state.params, training.ema, state.step)
-            state = state.replace(extra={"ema": ema})
-        return state, metrics
+        return states.with_average(state, training.ema), metrics
 
     def evaluate(state, batch):
-        params = state.extra["ema"] if training.ema else state.params
-        return losses(net, dataclasses.replace(stage, z_loss=0.0), params, batch)[1]
+        return losses(net, stage, states.averaged(state), batch)[1]
 
     return states.Task(init, step, evaluate, step_flops(stage, vocab))
 

@@ -77,6 +77,19 @@ def average(ema, params, decay: float, step):
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
 
 
+def with_average(state: TrainState, decay: float) -> TrainState:
+    """Return the state with the average of its weights one step on; as it is, if it keeps none."""
+    if "ema" not in state.extra:
+        return state
+    ema = average(state.extra["ema"], state.params, decay, state.step)
+    return state.replace(extra=state.extra | {"ema": ema})
+
+
+def averaged(state: TrainState):
+    """Return the averaged weights, or the weights themselves if none are kept."""
+    return state.extra.get("ema", state.params)
+
+
 def add(a: Metrics, b: Metrics) -> Metrics:
     """Return the metrics of two batches together."""
     return jax.tree.map(jnp.add, a, b)
@@ -107,7 +120,7 @@ def gradients(loss: Callable, params, batch, key: jax.Array, parts: int = 1) -> 
         )
         return found, weight, metrics
 
-    found, weight, metrics = part(batch, 0) if parts == 1 else _sum(part, split(batch, parts), parts)
+    (found, weight, metrics), _ = over_parts(lambda rows, i: (part(rows, i), None), batch, parts)
     return jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9).astype(g.dtype), found), metrics
 
 
@@ -122,12 +135,16 @@ def split(batch, parts: int):
     return jax.tree.map(one, batch)
 
 
-def _sum(function, batches, parts: int):
-    """Return the sum over i of function(batches[i], i), computed one after another."""
+def over_parts(function, batch, parts: int):
+    """Return the sum over the parts of a batch of function(rows, i)[0], and the stacked function(rows, i)[1]."""
+    if parts == 1:
+        return function(batch, 0)
+    rows = split(batch, parts)
 
-    def body(carry, xs):
-        return jax.tree.map(jnp.add, carry, function(*xs)), None
+    def body(total, xs):
+        found, rest = function(*xs)
+        return jax.tree.map(jnp.add, total, found), rest
 
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batches), jnp.int32(0))
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], rows), jnp.int32(0))[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, (batches, jnp.arange(parts)))[0]
+    return jax.lax.scan(body, zeros, (rows, jnp.arange(parts)))

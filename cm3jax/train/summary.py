@@ -42,8 +42,8 @@ def devices(mesh: jax.sharding.Mesh) -> str:
 
 
 def batch(mesh: jax.sharding.Mesh, training: configs.Training) -> str:
-    """Return "2048 rows a step: 16 per host, 4 x 1 per replica x fsdp"."""
-    hosts = len({d.process_index for d in mesh.devices.flat})
+    """Return "2048 rows a step, 16 per host; 4 at a time on each chip, one after another in 2 parts"."""
+    hosts = sharding.host_share(mesh)[1]
     ways = mesh.shape["replica"] * mesh.shape["fsdp"]
     one = training.batch // ways // training.accumulate
     parts = f", one after another in {training.accumulate} parts" if training.accumulate > 1 else ""

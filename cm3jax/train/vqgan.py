@@ -183,8 +183,8 @@ def step(parts: Parts, state: states.TrainState, batch, key) -> tuple[states.Tra
     seed_key, revive_key = jax.random.split(key)
     state = seed(parts, state, batch["pictures"], seed_key)
     quantised, judged = state.step >= image.seed_after, state.step >= image.loss.adversarial_start
-    (found, metrics), (latents, indices) = over_parts(
-        lambda rows: gradients(parts, state, quantised, judged, rows), batch, image.training.accumulate
+    (found, metrics), (latents, indices) = states.over_parts(
+        lambda rows, i: gradients(parts, state, quantised, judged, rows), batch, image.training.accumulate
     )
     found = jax.tree.map(lambda g: g / image.training.accumulate, found)
     latents, indices = latents.reshape(-1, image.model.z), indices.reshape(-1)
@@ -195,20 +195,6 @@ def step(parts: Parts, state: states.TrainState, batch, key) -> tuple[states.Tra
     effective = quantizer.perplexity(quantizer.histogram(indices, codes))
     on = quantised.astype(jnp.float32)
     return state, metrics | {"usage": (on * young, on * codes), "perplexity": (on * effective, on)}
-
-
-def over_parts(function, batch, parts: int):
-    """Return the sum over the parts of a batch of function(rows)[0], and the stacked function(rows)[1]."""
-    if parts == 1:
-        return function(batch)
-    rows = states.split(batch, parts)
-
-    def body(total, rows):
-        found, rest = function(rows)
-        return jax.tree.map(jnp.add, total, found), rest
-
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], rows))[0]
-    return jax.lax.scan(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), rows)
 
 
 def gradients(parts: Parts, state: states.TrainState, quantised, judged, rows):
@@ -318,12 +304,12 @@ def seed(parts: Parts, state: states.TrainState, pictures, key) -> states.TrainS
     """Put the codebook on the k-means centres of the batch's latents, if this is the step for it."""
     image = parts.image
 
-    def encode(rows):
+    def encode(rows, i):
         target = objective.to_unit(rows)
         return (), parts.generator.apply({"params": state.params["generator"]}, target, method="encode")
 
     def fresh(codebook, upkeep):
-        latents = over_parts(encode, pictures, image.training.accumulate)[1].reshape(-1, image.model.z)
+        latents = states.over_parts(encode, pictures, image.training.accumulate)[1].reshape(-1, image.model.z)
         latents = latents[:: max(1, len(latents) // SEEDS)]
         codebook = quantizer.kmeans(key, latents, parts.generator.codes, image.model.l2_normalise)
         return codebook, quantizer.init_state(codebook)
