@@ -1,4 +1,4 @@
-"""The page and the picture that a person looks at after a run: report.html and samples.png.
+"""The page and the pictures that a person looks at after a run: report.html, samples.png, and tasks.png if it has any.
 
 Both are made from what lies in the run folder, so that they can be made again at any time: report.json (figures),
 evaluate/examples.json and its pictures, */metrics.jsonl (curves), recipe.json.
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cm3jax import config as configs
@@ -43,18 +42,22 @@ CHARTS = (
 
 
 def write(run) -> None:
-    """Write `run`/report.html and `run`/samples.png.
+    """Write `run`/report.html, `run`/samples.png, and `run`/tasks.png if the model was asked for tasks.
 
     Raises:
       UserError: if the run has not been evaluated, or its files are broken.
     """
     run = pathlib.Path(run)
     report, examples = read(run / "report.json"), read(run / "evaluate" / "examples.json")
-    drawn = examples.get("text_to_image", [])
-    pictures = [Image.open(io.BytesIO(picture_bytes(run / "evaluate" / e["picture"]))) for e in drawn]
-    title = f"{report.get('name', run.name)}: pictures from captions, not picked"
-    shown = sheet(title, pictures, [e["caption"] for e in drawn], [e.get("correct") for e in drawn])
-    shown.save(run / "samples.png", pnginfo=provenance.fields(made(report, drawn)))
+    drawn, name = examples.get("text_to_image", []), report.get("name", run.name)
+    pictures, captions = [picture(run, e["picture"]) for e in drawn], [e["caption"] for e in drawn]
+    shown = sheet(f"{name}: pictures from captions, not picked", pictures, captions, [e.get("correct") for e in drawn])
+    shown.save(run / "samples.png", pnginfo=provenance.fields(made(report, drawn, captions)))
+    if asked := examples.get("tasks", []):
+        given, texts = [strip(run, e) for e in asked], [told(e) for e in asked]
+        title = f"{name}: tasks, the first of each; what is given, and what is drawn or answered"
+        shown = sheet(title, given, texts, [e.get("correct") for e in asked], Look(columns=5, side=297))
+        shown.save(run / "tasks.png", pnginfo=provenance.fields(made(report, asked, texts)))
     (run / "report.html").write_text(page(run, report, examples), encoding="utf-8")
 
 
@@ -72,11 +75,32 @@ def read(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({e}); make it again with: cm3jax evaluate RUN") from None
 
 
-def made(report: dict[str, Any], drawn: list[dict[str, Any]]) -> provenance.Made:
-    """Return what the pictures of samples.png were made from."""
+def made(report: dict[str, Any], drawn: list[dict[str, Any]], prompts: list[str]) -> provenance.Made:
+    """Return what the pictures of a sheet were made from."""
     seed, how = report.get("protocol", {}).get("seed"), report.get("text_to_image", {}).get("sampling", {})
-    model, captions = provenance.evaluated(report), "\n".join(e["caption"] for e in drawn)
-    return provenance.Made(model, captions, seed, 0, how, provenance.documents(drawn))
+    return provenance.Made(provenance.evaluated(report), "\n".join(prompts), seed, 0, how, provenance.documents(drawn))
+
+
+def picture(run: pathlib.Path, name: str) -> Image.Image:
+    """Return a picture of an example."""
+    return Image.open(io.BytesIO(picture_bytes(run / "evaluate" / name))).convert("RGB")
+
+
+def strip(run: pathlib.Path, example: dict[str, Any]) -> Image.Image:
+    """Return what was given for a task and what was drawn, side by side; room is left where there is one of these."""
+    names = [*example["given"], *([example["drawn"]] if table.TASKS[example["task"]].draws else [])]
+    pictures = [picture(run, name) for name in names]
+    width, height = pictures[0].size
+    found = Image.new("RGB", (2 * width + 1, height), Look.paper)
+    for i, one in enumerate(pictures):
+        found.paste(one, (i * (width + 1), 0))
+    return found
+
+
+def told(example: dict[str, Any]) -> str:
+    """Return what a task asked for, and an answer in words."""
+    answer = "" if table.TASKS[example["task"]].draws else f" Answer: {example['drawn']}"
+    return f"{example['task']}: {example['said']}{answer}"
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -179,12 +203,12 @@ def picture_bytes(path: pathlib.Path) -> bytes:
         raise UserError(f"{path}: {e.strerror}; make it again with: cm3jax evaluate RUN") from None
 
 
-# --------------------------------------------------------------------------------------------------------- samples.png
+# ------------------------------------------------------------------------------------------------------------- sheets
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """Measures of samples.png, in pixels."""
+    """Measures of a sheet, in pixels."""
 
     columns: int = 4
     side: int = 256
@@ -207,11 +231,15 @@ def sheet(title: str, pictures: Sequence, captions: Sequence[str], correct=None,
       correct: Verdict on each, or None; a picture whose verdict is False is framed and says so.
     """
     verdicts = list(correct or [None] * len(pictures))
+    pictures = [enlarge(x if isinstance(x, Image.Image) else Image.fromarray(x), look.side) for x in pictures]
     font, head = font_for([title, *captions], look.text), font_for([title, *captions], look.head)
     lines = [wrap(plain(caption, font), font, look.side) for caption in captions]
     notes = [["not as asked"] if verdict is False else [] for verdict in verdicts]
     rows = [range(i, min(i + look.columns, len(pictures))) for i in range(0, len(pictures), look.columns)]
-    heights = [look.side + 8 + look.line * max(len(notes[i] + lines[i]) for i in row) for row in rows]
+    heights = [
+        max(pictures[i].height for i in row) + 8 + look.line * max(len(notes[i] + lines[i]) for i in row)
+        for row in rows
+    ]
     top = look.gap + look.head + look.gap
     size = (look.gap + look.columns * (look.side + look.gap), top + sum(heights) + look.gap * max(len(rows), 1))
     canvas = Image.new("RGB", size, look.paper)
@@ -271,12 +299,10 @@ def plain(text: str, font) -> str:
 
 def place(canvas: Image.Image, draw, look: Look, corner: tuple[int, int], picture, verdict: bool | None) -> int:
     """Draw a picture with its upper left corner at `corner`; return its height there."""
-    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    picture = enlarge(picture.convert("RGB"), look.side)
     (x, y), (w, h) = corner, picture.size
     if verdict is False:
         draw.rectangle((x - 3, y - 3, x + w + 2, y + h + 2), None, look.wrong, 3)
-    canvas.paste(picture, (x, y))
+    canvas.paste(picture.convert("RGB"), (x, y))
     return h
 
 

@@ -651,7 +651,7 @@ def require(names, folder: pathlib.Path) -> None:
             raise UserError(f"{folder}: {fault}; {HOW[name].format(run=folder)}")
 
 
-REPORT = ("report.json", "report.html", "samples.png")
+REPORT = ("report.json", "report.html", "samples.png", "tasks.png")
 HOW = {
     "prepare": "make it with: cm3jax prepare SOURCE {run}",
     "text": "make it with: cm3jax train CONFIG --inputs {run} --stage text",
@@ -740,7 +740,7 @@ def _make(stage: Stage, recipe: Recipe, folder: pathlib.Path, record: stages.Rec
 
 
 def publish(folder: pathlib.Path) -> None:
-    """Write report.json (the scores, seconds of each stage, peak memory), report.html and samples.png."""
+    """Write report.json (the scores, seconds of each stage, peak memory), report.html and its sheets of pictures."""
     from cm3jax import report
 
     scores = json.loads((folder / "evaluate" / "scores.json").read_text())

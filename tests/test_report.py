@@ -83,6 +83,8 @@ def test_the_page_shows_every_task_with_what_was_given_what_came_and_what_is_tru
     assert found.tags.count("img") == before.tags.count("img") + 3 + 1
     text = " ".join(found.text.split())
     assert "edit0.8750.500256" in text.replace(" ", "") and "mIoU 0.625" in text and "instruction: make it red" in text
+    drawn = Image.open(tmp_path / "tasks.png")
+    assert "question: Which shape? Answer: a ring" in drawn.text["prompt"] and "edit: " in drawn.text["prompt"]
     assert "parts, before" not in text and "trained from nothing" in text
     earlier = {name: {"accuracy": 0.125, "whole": 0.25, "examples": 256} for name in scores}
     (tmp_path / "recipe.json").write_text(json.dumps({"decoder": {"start": "runs/first"}}))
