@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from cm3jax import cli, provenance
 from cm3jax import config as configs
 from cm3jax import run as stage
 from cm3jax.data import scenes, shards
-from cm3jax.evaluate import answers, captions, results, score, suites, words
+from cm3jax.evaluate import answers, captions, protocol, results, score, suites, words
 from cm3jax.tasks import table, templates
 from cm3jax.types import Record, UserError
 
@@ -63,8 +64,8 @@ class Model:
         return [["a dog", "", "a wet dog"][i % 3] for i in range(len(pictures))]
 
 
-def write(folder, found):
-    with shards.Writer(folder / "prepared", "test") as writer:
+def write(folder, found, split="test"):
+    with shards.Writer(folder / "prepared", split) as writer:
         for record in found:
             writer.write(record)
     for name in ("text", "image", "decoder"):
@@ -180,6 +181,14 @@ def test_choices_are_read_from_what_is_said_by_letter_or_text(tmp_path, model, m
     )
 
 
+def test_the_split_that_was_asked_for_is_the_one_in_the_protocol(tmp_path, model, monkeypatch):
+    run = write(tmp_path / "run", problems(), "validation")
+    monkeypatch.setattr(suites.tasks, "answer", lambda generator, task, rows, *how: [{"answer": "(B)"}] * len(rows))
+    told = scored(run, "science-qa", split="validation")["science-qa"]["metrics"]["accuracy"]
+    assert told["value"] == pytest.approx(2 / 3) and told["protocol"]["tokens"].endswith("split validation")
+    assert told["protocol"]["questions"] == "those with a picture"
+
+
 def test_candidates_are_ranked_by_likelihood_behind_what_was_said_before(tmp_path, model, monkeypatch):
     relevance = [0.0, 1.0, 0.5]
     said = {"caption": "A dog.", "history": [["is it wet", "yes"]], "round": 2, "answer": 1}
@@ -220,6 +229,26 @@ def test_pictures_are_drawn_from_first_captions_beside_those_held_out(run, model
     ]
     assert {(one["weights"], one["step"]) for one in told} == {(found["model"]["weights"], "7")}
     assert not any("prompt" in Image.open(path).info for path in (folder / "real").iterdir()), "nobody drew those"
+
+
+def test_reconstructions_lie_beside_the_originals_and_are_scored_in_pairs(run, model, monkeypatch):
+    """By a tokenizer that knows the upper half of each picture."""
+    monkeypatch.setattr(suites, "BLOCK", 3)
+    model.image = types.SimpleNamespace(
+        encode=lambda x: x[:, : SIDE // 2], decode=lambda x: np.concatenate([x, 0 * x], 1)
+    )
+    found = scored(run, "reconstruction")["reconstruction"]
+    (folder,) = run.glob("suites/reconstruction-*")
+    originals = [protocol.first(one)[1] for one in shards.Reader(run / "prepared", "test")][:5]
+    for i, original in enumerate(originals):
+        assert np.array_equal(np.asarray(Image.open(folder / "originals" / f"{i:06d}.png")), original)
+        rebuilt = np.asarray(Image.open(folder / "rebuilt" / f"{i:06d}.png"))
+        assert np.array_equal(rebuilt[: SIDE // 2], original[: SIDE // 2]) and not rebuilt[SIDE // 2 :].any()
+    wanted = [10 * np.log10(255**2 / np.mean(np.square(x[SIDE // 2 :], dtype=np.float64)) * 2) for x in originals]
+    assert values(found)["psnr"] == pytest.approx(np.mean(wanted), rel=1e-5) and len(originals) == 5
+    lines = []
+    scored(run, "reconstruction", lines=lines)
+    assert all(line.endswith("(known)") for line in lines) and len(lines) == 2
 
 
 def test_results_of_different_models_say_so_and_stand_in_one_table(run, model):
@@ -395,12 +424,13 @@ def test_a_real_model_is_scored_by_suites_from_the_command_line(tmp_path, capsys
     run.mkdir()
     random_run.make(run, recipe, ["a red dog", "Question: What 1? Answer: yes."] * 9)
     told = ["evaluate", str(run), "--held-out", str(held), "--score.metrics", "psnr", "ssim"]
-    told += ["--suite", "captions", "vqa", "pictures", "science-qa", "visdial"]
+    told += ["--suite", "captions", "vqa", "pictures", "reconstruction", "science-qa", "visdial"]
     assert cli.main(told) == 0
     out = capsys.readouterr().out
-    for line in ("captions: CIDEr: ", "vqa: accuracy: ", "pictures: ssim: ", "science-qa: accuracy/NAT: "):
+    lines = ("captions: CIDEr: ", "vqa: accuracy: ", "pictures: ssim: ", "reconstruction: psnr: ")
+    for line in (*lines, "science-qa: accuracy/NAT: "):
         assert f"suite {line}" in out
     assert "suite visdial: NDCG: " in out and "suite visdial: mean rank: " in out
     assert cli.main(told) == 0
-    assert capsys.readouterr().out.count("(known)") == 6 + 3 + 2 + 4 + 6
+    assert capsys.readouterr().out.count("(known)") == 6 + 3 + 2 + 2 + 4 + 6
     assert cli.main(["tabulate", *(str(run / "suites" / f"{name}.json") for name in ("captions", "vqa"))]) == 0

@@ -424,7 +424,7 @@ def reconstruction(bench: Bench, out: pathlib.Path) -> dict:
     folder = bench.folder("reconstruction", rows, {})
     sides = folder / "rebuilt", folder / "originals"
 
-    def work(records: list[Record], numbers: list[int], seed: int) -> list[list[int]]:
+    def work(records: list[Record], numbers: list[int], seed: int) -> list:
         originals = np.stack([protocol.first(record)[1] for record in records])
         codes = bench.generator.image.encode(originals)
         for side, pictures in zip(sides, (bench.generator.image.decode(codes), originals), strict=True):
