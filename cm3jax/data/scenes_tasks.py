@@ -6,7 +6,7 @@ codes of 8 x 8. Small things are far and large ones near: that is the order in w
 maps show. Two tasks draw something else: a word, six letters at most in a row of cells, each 8 x 16 pixels of 48; and a
 stick figure with one of 36 poses.
 
-Record i of a held-out split is of task i mod 15, in that task's next wording; of the training split, of i mod 25 in
+Record i of a held-out split is of task i mod 15, in that task's next wording; of the training split, of i mod 50 in
 `TRAINED`, which has more of what is harder to learn. `fields["task"]` names it, `fields["wording"]` counts,
 `fields["truth"]` is `Truth` as JSON, and of what shows a scene `fields["scene"]` is that scene, as in the other levels.
 What the splits are is as there: contents are hashed, those of both scenes of an edit; the composition split has the
@@ -37,6 +37,8 @@ PLACES = tuple(world.QUARTERS)
 GROUNDS = tuple(world.BACKGROUNDS[LEVEL])
 EDITS = ("recolour", "add", "remove", "replace", "background")
 QUESTIONS = ("colour", "shape", "size", "count", "relation", "yes or no")
+ASKED = (*QUESTIONS, "count", "yes or no", "yes or no")
+"""Kinds of the training split's questions, each as often: two are harder to learn."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BESIDE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 
@@ -275,8 +277,8 @@ def captioned(task: str) -> Callable[[np.random.Generator, str, int], Made]:
 
 
 def question(rng: np.random.Generator, split: str, side: int) -> Made:
-    """Draw a scene and a question about it, of each kind equally often."""
-    kind = pick(rng, QUESTIONS)
+    """Draw a scene and a question about it; in a held-out split of each kind equally often."""
+    kind = pick(rng, ASKED if split == "train" else QUESTIONS)
     while True:
         shown = scene(rng, split)
         if done := asked(kind, shown, rng):
@@ -378,8 +380,9 @@ MAKERS: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
 }
 """Task -> f(stream, split, side of the pictures), which draws a truth and its values."""
 ORDER = tuple(task for task in table.TASKS if task in MAKERS)
-SHARES = {"edit": 3, "words": 3, "question": 4, "choice": 2, "caption": 2, "long_caption": 2}
-"""How often the tasks that are learned late are trained on, of 25; all others, once."""
+SHARES = {"edit": 9, "words": 4, "located": 3, "scribble": 2, "caption": 7, "long_caption": 3, "question": 11}
+SHARES |= {"choice": 3, "reasoning": 2}
+"""How often the tasks that are learned late are trained on, of 50; all others, once."""
 TRAINED = tuple(task for task in ORDER for _ in range(SHARES.get(task, 1)))
 
 

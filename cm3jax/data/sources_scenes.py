@@ -34,8 +34,8 @@ class Scenes:
 
     def fingerprint(self) -> list:
         facts = [self.level, self.seed, self.resolution, self.count, HELD_OUT]
-        more = {"rare": [CATALOGUE], scenes_world.TASKS: [EACH, scenes_tasks.ORDER, scenes_tasks.TRAINED]}
-        return [*facts, *more.get(self.level, ())]
+        tasks = [EACH, scenes_tasks.ORDER, scenes_tasks.TRAINED, scenes_tasks.ASKED]
+        return [*facts, *{"rare": [CATALOGUE], scenes_world.TASKS: tasks}.get(self.level, ())]
 
     def total(self, jobs: list) -> int:
         return sum(self.size(split) for split in scenes_world.splits(self.level))
