@@ -395,7 +395,7 @@ class Generator:
         drawn = self._span_ids(prompts, seed, sampling, max_text)
         return [document.decode_text(ids[:-1], self.text, self.vocab) for ids in drawn]
 
-    def _span_ids(self, prompts, seed: int, sampling, max_text: int) -> list[np.ndarray]:
+    def _span_ids(self, prompts, seed: int, sampling, max_text: int, name: str = "sample") -> list[np.ndarray]:
         """Return the ids of one masked span for each prompt, <eoss> included."""
         if max_text < 1:
             raise UserError(f"max_text = {max_text}: must be at least 1 token")
@@ -403,7 +403,7 @@ class Generator:
         state = grammar.start([grammar.SPAN_START] * len(prompts), left=left)
         rules = grammar.captions(self.vocab, self.text.size, self.codes)
         steps = decode.bucket(int(left.max(initial=1)) + 1)  # what the row has room for, however large max_text is
-        return self._draw(rules, prompts, state, steps, seed, sampling)
+        return self._draw(rules, prompts, state, steps, seed, sampling, name=name)
 
     def _room(self, prompts, what: str, needed: int) -> np.ndarray:
         """Return how many tokens fit behind each prompt, int [n]."""
