@@ -131,7 +131,7 @@ def test_changes_come_cheapest_first_and_each_is_a_recipe():
         "--decoder.accumulate 4 --decoder.remat offload",
         "--decoder.accumulate 4 --decoder.remat offload --decoder.tensor 2",
     ]
-    assert found[-1].recipe.decoder.training.mesh == Mesh(1, -1, 2)
+    assert found[-1].recipe.decoder.training.mesh == Mesh(0, -1, 2)  # as the flags say: one copy a slice
 
 
 def test_a_plan_without_the_compiler_says_how_to_get_it(monkeypatch):
