@@ -1,6 +1,6 @@
 """The page and the pictures that a person looks at after a run: report.html, samples.png, and tasks.png if it has any.
 
-Both are made from what lies in the run folder, so that they can be made again at any time: report.json (figures),
+All are made from what lies in the run folder, so that they can be made again at any time: report.json (figures),
 evaluate/examples.json and its pictures, */metrics.jsonl (curves), recipe.json.
 """
 
@@ -231,7 +231,8 @@ def sheet(title: str, pictures: Sequence, captions: Sequence[str], correct=None,
       correct: Verdict on each, or None; a picture whose verdict is False is framed and says so.
     """
     verdicts = list(correct or [None] * len(pictures))
-    pictures = [enlarge(x if isinstance(x, Image.Image) else Image.fromarray(x), look.side) for x in pictures]
+    opened = [x if isinstance(x, Image.Image) else Image.fromarray(x) for x in pictures]
+    pictures = [enlarge(x.convert("RGB"), look.side) for x in opened]
     font, head = font_for([title, *captions], look.text), font_for([title, *captions], look.head)
     lines = [wrap(plain(caption, font), font, look.side) for caption in captions]
     notes = [["not as asked"] if verdict is False else [] for verdict in verdicts]
@@ -302,7 +303,7 @@ def place(canvas: Image.Image, draw, look: Look, corner: tuple[int, int], pictur
     (x, y), (w, h) = corner, picture.size
     if verdict is False:
         draw.rectangle((x - 3, y - 3, x + w + 2, y + h + 2), None, look.wrong, 3)
-    canvas.paste(picture.convert("RGB"), (x, y))
+    canvas.paste(picture, (x, y))
     return h
 
 

@@ -9,6 +9,7 @@ walk over the abstract state finds every sharding; `unbox` then leaves plain arr
 """
 
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -77,11 +78,10 @@ def mesh(config: configs.Mesh, devices=None) -> Mesh:
     if count < len(devices) and len({d.process_index for d in devices}) > 1:
         raise UserError(f"mesh {_text(sizes)} leaves out devices of other hosts: {len(devices)} devices; set one to -1")
     several = slices(devices[:count])
-    inner, outer = _over_slices(sizes, several)
     split = {"allow_split_physical_axes": True}  # where no whole axes of the torus give the sizes, parts of them do
     try:
         if several > 1:
-            found = mesh_utils.create_hybrid_device_mesh(inner, outer, devices[:count], **split)
+            found = mesh_utils.create_hybrid_device_mesh(*_over_slices(sizes, several), devices[:count], **split)
         else:
             found = mesh_utils.create_device_mesh(sizes, devices[:count], **split)
     except NotImplementedError as e:
@@ -110,6 +110,7 @@ def filled(rows: int, mesh: Mesh | None) -> int:
     return -(-rows // shares(mesh)) * shares(mesh)
 
 
+@functools.cache  # every batch asks, and a pod has thousands of devices
 def host_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """Return (i, n): a host brings the i-th of the n equal parts into which a batch's rows are split.
 
@@ -139,8 +140,6 @@ def slices(devices) -> int:
 
 def _over_slices(sizes: tuple[int, ...], count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the sizes within a slice and over the slices, whose products are `sizes`."""
-    if count == 1:
-        return sizes, (1, 1, 1)
     replica = math.gcd(sizes[0], count)
     fsdp = math.gcd(sizes[1], count // replica)
     if replica * fsdp != count:

@@ -49,7 +49,9 @@ def tuned(tmp_path_factory):
         shutil.rmtree(before / part)
         shutil.copytree(folder / part, before / part)
     run.tokens(RECIPE, folder)
-    return folder, dataclasses.replace(RECIPE, decoder=dataclasses.replace(RECIPE.decoder, start=str(before)))
+    recipe = dataclasses.replace(RECIPE, decoder=dataclasses.replace(RECIPE.decoder, start=str(before)))
+    (folder / "recipe.json").write_text(json.dumps(configs.to_json(recipe)))
+    return folder, recipe
 
 
 def test_every_task_is_scored_for_both_models_on_the_same_documents(tuned):
@@ -67,4 +69,4 @@ def test_every_task_is_scored_for_both_models_on_the_same_documents(tuned):
     assert {one["task"] for one in examples} == set(table.TASKS)
     run.publish(folder)
     page = (folder / "report.html").read_text()
-    assert "parts, before" in page and "Before and after" in page and f"tuned from {recipe.decoder.start}" not in page
+    assert "parts, before" in page and "Before and after" in page and f"tuned from {recipe.decoder.start}" in page

@@ -424,14 +424,14 @@ def reconstruction(bench: Bench, out: pathlib.Path) -> dict:
     folder = bench.folder("reconstruction", rows, {})
     sides = folder / "rebuilt", folder / "originals"
 
-    def work(records: list[Record], numbers: list[int], seed: int) -> list:
+    def work(records: list[Record], numbers: list[int], seed: int) -> list[str]:
         originals = np.stack([protocol.first(record)[1] for record in records])
-        codes = bench.generator.image.encode(originals)
-        for side, pictures in zip(sides, (bench.generator.image.decode(codes), originals), strict=True):
+        rebuilt = bench.generator.image.decode(bench.generator.image.encode(originals))
+        for side, pictures in zip(sides, (rebuilt, originals), strict=True):
             side.mkdir(exist_ok=True)
             for number, pixels in zip(numbers, pictures, strict=True):
                 Image.fromarray(pixels).save(side / f"{number:06d}.png")
-        return codes.tolist()
+        return [record.key for record in records]
 
     bench.answers(folder, rows, work)
     cache = bench.run / "suites" / "cache"
