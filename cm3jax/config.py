@@ -635,9 +635,12 @@ class Mask:
     span_weight: float = later(0.0)
     """Weight that a moved span has in the loss at least, all its tokens together (ours: an answer of two words is
     little beside a picture's codes). 0: all tokens weigh the same, as in CM3Leon (arXiv 2309.02591 §2.2)."""
+    context_weight: float = later(1.0)
+    """Weight in the loss of each token around the answer, of documents that mask exactly that (ours: to model
+    instructions and pictures that are given takes from learning what is asked for)."""
 
     def __post_init__(self):
-        within(self, "mask", 0, math.inf, "spans", "span_weight")
+        within(self, "mask", 0, math.inf, "spans", "span_weight", "context_weight")
         within(self, "mask", 0, 1, "rotate", "captions", "answers")
 
 

@@ -7,8 +7,9 @@ Half of the documents mask exactly what their task asks for (arXiv 2309.02591 §
 CM3 law, without its whole stretches (mask.rotate 0): a question that is masked with all its words leaves what a masked
 caption does, a picture alone, and a model that has seen both answers "Question: ..." where a caption is asked for. So
 tasks are drawn without guidance, whose streams are such masked documents. An answer in words weighs as much as a
-picture of 36 codes: of a question's tokens two in sixty are its answer. A tenth of the tokens are those of
-pretraining, so that less of it is forgotten. The report has the figures of the model before beside those after.
+picture of 36 codes: of a question's tokens two in sixty are its answer. What stands around an answer that is asked for,
+instructions and pictures, has a tenth of the weight. A tenth of the tokens are those of pretraining, so that less of it
+is forgotten. The report has the figures of the model before beside those after.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ config = change(
     decoder=change(
         pretrain.decoder,
         start="runs/pretrain-scenes",
-        mask=configs.Mask(spans=2.0, rotate=0.0, answers=0.5, span_weight=36.0),
+        mask=configs.Mask(spans=2.0, rotate=0.0, answers=0.5, span_weight=36.0, context_weight=0.1),
         mixture=configs.Mixture(sets=("runs/pretrain-scenes/tokens",), weights=(0.9, 0.1)),
         training=change(pretrain.decoder.training, steps=4500),
     ),

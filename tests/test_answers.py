@@ -155,6 +155,45 @@ def test_without_the_setting_nothing_is_as_it_was_not(data):
     assert len({pipeline.fingerprint(found, one, VOCAB) for one in (law, STAGE)}) == 2
 
 
+@pytest.mark.parametrize(
+    "settings", (Packing("whole", 600, isolate=True, most_spans=12), Packing("chop", 300)), ids=str
+)
+def test_what_stands_around_an_answer_weighs_less_where_it_is_asked_for(data, settings):
+    """Of a document that masks exactly its answer, the answer and the [eod] behind the document keep their weight."""
+    found, seen = opened(data), collections.Counter()
+    law = Mask(answers=0.5, span_weight=50.0)
+    less, equal = (
+        pipeline.Batches(found, dataclasses.replace(STAGE, packing=settings, mask=one), VOCAB)
+        for one in (dataclasses.replace(law, context_weight=0.25), law)
+    )
+    for g in range(20):
+        a, b = less(g), equal(g)
+        assert all(np.array_equal(a[name], b[name]) for name in a if name != "weights")
+        share = np.divide(a["weights"], b["weights"], out=np.ones_like(a["weights"]), where=b["weights"] > 0)[0]
+        assert set(np.unique(share)) <= {0.25, 1.0}
+        _, owner, spans, part = less.unmasked(g)
+        (plan, _), _, r = less.epochs.locate(g)
+        asked = packing.answers(plan, r, found, settings)
+        for number, i in enumerate(plan.row(r)[0].tolist(), 1):
+            here = np.flatnonzero(owner == number)
+            own = spans[owner[spans[:, 0]] == number]
+            if number not in asked or not np.array_equal(own, asked[number]):
+                assert (part[here] == packing.OWN).all()
+                seen["others"] += 1
+                continue
+            answer = np.zeros(int(found.lengths[i]), bool)
+            for first, end in found.answers(i):
+                answer[first:end] = True
+            body = part[here][1 : 1 + len(answer)]
+            assert np.array_equal(body == packing.CONTEXT, ~answer) and (part[here][1 + len(answer) :] == 0).all()
+            seen["asked"] += 1
+        if settings.kind == "whole":  # nothing is cut off: what is moved keeps its weight
+            kept = np.isin(a["modality"][0], [packing.INFILL]) & (share < 1)
+            assert not any(kept[1:] & (b["weights"][0][1:] > 1))
+        seen["less"] += int((share < 1).sum())
+    assert min(seen["others"], seen["asked"], seen["less"]) > 20
+
+
 def test_cut_documents_and_too_many_answers_are_left_to_the_law(data):
     """Chopped rows mask the answers of documents that they hold whole, as far as sentinels go."""
     found = opened(data)

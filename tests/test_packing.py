@@ -189,7 +189,7 @@ def test_modality_is_that_of_the_target():
 def test_a_moved_span_weighs_at_least_what_the_config_says_and_nothing_else_changes(data, isolate):
     settings, short, long = Packing("whole", 149, isolate=isolate), 0, 0
     for *_, row in rows(data, settings, Mask(spans=4.0)):
-        plain, batch = (packing.arrays([row], VOCAB, settings, span_weight=w) for w in (0.0, 6.0))
+        plain, batch = (packing.arrays([row], VOCAB, settings, Mask(span_weight=w)) for w in (0.0, 6.0))
         assert all(np.array_equal(plain[name], batch[name]) for name in plain if name != "weights")
         moved, changed = plain["modality"] == packing.INFILL, plain["weights"] != batch["weights"]
         assert not changed[~moved].any()

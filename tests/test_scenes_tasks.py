@@ -72,7 +72,7 @@ def test_every_task_has_documents_in_turn_and_the_same_arguments_give_the_same()
 def test_training_has_all_tasks_in_turn_and_more_of_the_harder_ones():
     found = collections.Counter(scenes.record("tasks", 3, i, "train", SIDE).fields["task"] for i in range(50))
     assert set(found) == set(table.TASKS) and sum(found.values()) == 50
-    assert found["question"] == 11 and found["edit"] == 9 and found["words"] == 4 and found["edges"] == 1
+    assert found["question"] == 13 and found["edit"] == 11 and found["words"] == 3 and found["edges"] == 1
 
 
 @task
@@ -105,7 +105,7 @@ def test_answers_are_not_guessed_from_the_question_alone(task):
     """Of the texts that are asked for, none is nearly always the right one."""
     if task in WRITING:
         for kind in scenes_tasks.QUESTIONS if task == "question" else ("",):
-            said = [one.answers[-1] for one in map(truth, records(task, 48)) if one.kind == kind]
+            said = [one.answers[-1] for one in map(truth, records(task, 96)) if one.kind == kind]
             assert len(said) >= 4 and collections.Counter(said).most_common(1)[0][1] <= 0.8 * len(said)
 
 

@@ -23,9 +23,15 @@ RETRIEVED = 4
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """A masked row: ids [t], segments [t], the length of the moved span that each token is of [t], 0 for none, the codes of
-each span [n], which tokens belong to retrieved documents, bool [t]."""
+each span [n], the part that each token has in its document [t]: `OWN`, `SHOWN` or `CONTEXT`."""
 
-EMPTY: Row = tuple(np.zeros(0, kind) for kind in (np.uint16, np.int32, np.int64, np.int64, bool))
+PLAIN = Mask()
+"""All tokens weigh the same."""
+
+OWN, SHOWN, CONTEXT = range(3)
+"""Parts: a document's own token, one of a document retrieved for it, what stands around an answer that is asked for."""
+
+EMPTY: Row = tuple(np.zeros(0, kind) for kind in (np.uint16, np.int32, np.int64, np.int64, np.int8))
 """A row of padding."""
 
 
@@ -271,13 +277,57 @@ def to_move(
     return with_answers(spans, document, found, vocab, mask, packing, rng)
 
 
+def context(plan: Plan, r: int, tokens: Tokens, document: np.ndarray, spans: np.ndarray, packing: Packing):
+    """Return the tokens around the answers of the documents in row r that mask exactly these, bool [t].
+
+    The [eod] behind a document ends what was asked for, and is not among them.
+
+    Args:
+      document: As from `read`.
+      spans: What is moved.
+    """
+    documents, _ = plan.row(r)
+    found, of_spans = np.zeros(len(document), bool), document[spans[:, 0]]
+    for number, own in answers(plan, r, tokens, packing).items():
+        if np.array_equal(spans[of_spans == number], own):
+            i, start = int(documents[number - 1]), int(np.searchsorted(document, number))
+            found[start : start + 1 + int(tokens.lengths[i])] = True
+            for first, end in tokens.answers(i) + start + 1:
+                found[first:end] = False
+    return found
+
+
+def unmasked(
+    plan: Plan,
+    r: int,
+    tokens: Tokens,
+    vocab: Vocab,
+    mask: Mask,
+    packing: Packing,
+    seed: int,
+    names: tuple[str, str],
+    epoch: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return row r before masking: ids [t], document [t], spans to move [n, 2], part of each token [t].
+
+    Args:
+      names: Of the random streams, of the law and of who masks its answers.
+    """
+    ids, document, retrieved = read(plan, r, tokens, packing)
+    spans = to_move(plan, r, tokens, ids, document, vocab, mask, packing, seed, names, epoch)
+    part = np.where(retrieved, np.int8(SHOWN), np.int8(OWN))
+    if mask.context_weight != 1:
+        part[context(plan, r, tokens, document, spans, packing) & ~retrieved] = CONTEXT
+    return ids, document, spans, part
+
+
 def masked(
     ids: np.ndarray,
     document: np.ndarray,
     spans: np.ndarray,
     vocab: Vocab,
     packing: Packing,
-    retrieved: np.ndarray | None = None,
+    part: np.ndarray | None = None,
 ) -> Row:
     """Move the spans of a row.
 
@@ -285,40 +335,40 @@ def masked(
     numbers count per document.
 
     Args:
-      retrieved: As from `read`; None: no document is.
+      part: As from `unmasked`; None: all is `OWN`.
 
     Returns:
       ids: uint16 [t]; segments: int32 [t]; moved: int64 [t], the length of its moved span, 0 for other tokens; hidden:
-      int64 [n], codes of each; retrieved: bool [t], of moved spans too, markers included.
+      int64 [n], codes of each; part: int8 [t], of moved spans too, markers included.
     """
     spans, keep = causal_mask.fit(spans, len(ids), packing.length)
     segments = document if packing.isolate else np.ones_like(document)
-    retrieved = np.zeros(len(ids), bool) if retrieved is None else retrieved
+    part = np.full(len(ids), OWN, np.int8) if part is None else part
     if not len(spans):
-        return ids, segments, np.zeros(len(ids), np.int64), np.zeros(0, np.int64), retrieved
+        return ids, segments, np.zeros(len(ids), np.int64), np.zeros(0, np.int64), part
     source, moved, marker = causal_mask.layout(spans, keep)
     number = np.arange(len(spans))
     if packing.isolate:
         owner = document[spans[:, 0]]
         number -= np.searchsorted(owner, owner)
     out = causal_mask.with_markers(ids[source], marker, number[marker // 2], vocab)
-    return out, segments[source], moved, places.hidden(ids, spans, vocab), retrieved[source]
+    return out, segments[source], moved, places.hidden(ids, spans, vocab), part[source]
 
 
 def arrays(
-    rows: list[Row], vocab: Vocab, packing: Packing, retrieved_weight: float = 1.0, span_weight: float = 0.0
+    rows: list[Row], vocab: Vocab, packing: Packing, mask: Mask = PLAIN, retrieved_weight: float = 1.0
 ) -> dict[str, np.ndarray]:
     """Return a batch from the rows that `masked` gave.
 
     Args:
+      mask: Its `span_weight` and `context_weight`.
       retrieved_weight: Of targets that belong to retrieved documents.
-      span_weight: `Mask.span_weight`.
 
     Returns:
       inputs: int32 [b, t] ids, t = packing.length; padding is <pad>.
       targets: int32 [b, t], the next token of the same segment; <pad> where there is none.
       weights: float32 [b, t], 1 where there is a target, else 0; all tokens weigh the same (arXiv 2309.02591 §2.2)
-        unless `retrieved_weight` or `span_weight` say otherwise.
+        unless `retrieved_weight` or the mask say otherwise.
       positions: int32 [b, t] from 0; with isolate they count from each document's start and go on in its moved spans.
         With packing.picture they are fixed places (`objectives.places`).
       segments: int32 [b, t], 0 for padding, else 1, or with isolate 1, 2, ... by document.
@@ -327,24 +377,25 @@ def arrays(
     """
     shape = (len(rows), packing.length)
     ids, segments, moved = np.full(shape, PAD, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int64)
-    retrieved = np.zeros(shape, bool)
-    for i, (row_ids, row_segments, row_moved, _, row_retrieved) in enumerate(rows):
+    part = np.full(shape, OWN, np.int8)
+    for i, (row_ids, row_segments, row_moved, _, row_part) in enumerate(rows):
         n = len(row_ids)
-        ids[i, :n], segments[i, :n], moved[i, :n], retrieved[i, :n] = row_ids, row_segments, row_moved, row_retrieved
+        ids[i, :n], segments[i, :n], moved[i, :n], part[i, :n] = row_ids, row_segments, row_moved, row_part
     positions, following = order(segments, packing.isolate)
     if packing.picture:
-        for place, (row_ids, row_segments, _, hidden, row_retrieved) in zip(positions, rows, strict=True):
+        for place, (row_ids, row_segments, _, hidden, row_part) in zip(positions, rows, strict=True):
             first = packing.length - packing.picture
             place[: len(row_ids)] = places.places(
-                row_ids, hidden, vocab, first, row_segments, row_retrieved, packing.picture
+                row_ids, hidden, vocab, first, row_segments, row_part == SHOWN, packing.picture
             )
     has_target = following >= 0
     targets = np.where(has_target, np.take_along_axis(ids, following, 1), PAD).astype(np.int32)
-    kind = modality(ids, moved > 0, vocab) + np.int8(RETRIEVED) * retrieved
+    kind = modality(ids, moved > 0, vocab) + np.int8(RETRIEVED) * (part == SHOWN)
     kind = np.where(has_target, np.take_along_axis(kind, following, 1), OTHER).astype(np.int8)
     weights = np.where(kind >= RETRIEVED, retrieved_weight, has_target)
     length = np.take_along_axis(moved, following, 1)
-    weights = weights * np.where(length > 0, np.maximum(1, span_weight / np.maximum(1, length)), 1)
+    weights = weights * np.where(length > 0, np.maximum(1, mask.span_weight / np.maximum(1, length)), 1)
+    weights = weights * np.where(np.take_along_axis(part, following, 1) == CONTEXT, mask.context_weight, 1)
     return {
         "inputs": ids,
         "targets": targets,

@@ -92,22 +92,20 @@ class Batches:
         _, stage, vocab, process_index, _ = self._arguments
         start = step * stage.training.batch + process_index * self.share
         rows = [self.row(g) for g in range(start, start + self.share)]
-        return packing.arrays(rows, vocab, stage.packing, stage.retrieved.weight, stage.mask.span_weight)
+        return packing.arrays(rows, vocab, stage.packing, stage.mask, stage.retrieved.weight)
 
     def row(self, g: int) -> packing.Row:
         """Return row g of the run, masked."""
         _, stage, vocab, _, _ = self._arguments
-        ids, owner, spans, shown = self.unmasked(g)
-        return packing.masked(ids, owner, spans, vocab, stage.packing, shown)
+        ids, owner, spans, part = self.unmasked(g)
+        return packing.masked(ids, owner, spans, vocab, stage.packing, part)
 
     def unmasked(self, g: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return row g before masking: ids [t], document numbers [t], spans [n, 2], which ids are retrieved [t]."""
+        """Return row g before masking: ids [t], document numbers [t], spans [n, 2], parts [t]."""
         _, stage, vocab, _, _ = self._arguments
         (plan, tokens), epoch, r = self.epochs.locate(g)
-        ids, owner, shown = packing.read(plan, r, tokens, stage.packing)
         draw = stage.training.seed, ("mask", "answers"), epoch
-        spans = packing.to_move(plan, r, tokens, ids, owner, vocab, stage.mask, stage.packing, *draw)
-        return ids, owner, spans, shown
+        return packing.unmasked(plan, r, tokens, vocab, stage.mask, stage.packing, *draw)
 
 
 def share(stage: DecoderStage, process_count: int) -> int:
@@ -186,16 +184,15 @@ def eval_batches(
     def row(r: int) -> packing.Row:
         if r >= len(plan):
             return packing.EMPTY
-        ids, owner, shown = packing.read(plan, r, tokens, stage.packing)
         draw = stage.eval_mask_seed, ("evaluate", "evaluate answers"), 0
-        spans = packing.to_move(plan, r, tokens, ids, owner, vocab, mask, stage.packing, *draw)
-        return packing.masked(ids, owner, spans, vocab, stage.packing, shown)
+        ids, owner, spans, part = packing.unmasked(plan, r, tokens, vocab, mask, stage.packing, *draw)
+        return packing.masked(ids, owner, spans, vocab, stage.packing, part)
 
     batch = stage.training.batch
     for start in range(0, min(len(plan), batch * stage.training.evaluate_batches), batch):
         first = start + process_index * mine  # every host gives as many batches as the others
         rows = [row(r) for r in range(first, first + mine)]
-        yield packing.arrays(rows, vocab, stage.packing, stage.retrieved.weight, stage.mask.span_weight)
+        yield packing.arrays(rows, vocab, stage.packing, stage.mask, stage.retrieved.weight)
 
 
 # ------------------------------------------------------------------------------------------------------- what is in it

@@ -36,6 +36,8 @@ LEVEL = world.TASKS
 PLACES = tuple(world.QUARTERS)
 GROUNDS = tuple(world.BACKGROUNDS[LEVEL])
 EDITS = ("recolour", "add", "remove", "replace", "background")
+EDITED = (*EDITS, "recolour", "remove", "replace", "replace")
+"""Kinds of the training split's edits, each as often: to find what is meant is harder than to add."""
 QUESTIONS = ("colour", "shape", "size", "count", "relation", "yes or no")
 ASKED = (*QUESTIONS, "count", "yes or no", "yes or no")
 """Kinds of the training split's questions, each as often: two are harder to learn."""
@@ -145,12 +147,11 @@ def brief(scene: Scene) -> str:
 
 
 def narrated(scene: Scene, rng: np.random.Generator) -> str:
-    """Return sentences that tell all, in a random order of the things; `scenes_tasks_read.narrative` reads them."""
+    """Return sentences that tell all, in reading order; `scenes_tasks_read.narrative` reads them in any."""
     count = len(scene.objects)
-    things = [scene.objects[i] for i in rng.permutation(count)]
     told = [
         f"There is {a(long(t))} {t.place}." if rng.integers(2) else f"{t.place.capitalize()} is {a(long(t))}."
-        for t in things
+        for t in scene.objects
     ]
     opening = "The picture shows one thing." if count == 1 else f"The picture shows {count} things."
     return f"{opening} {' '.join(told)} The background is {scene.background}."
@@ -173,8 +174,8 @@ Made = tuple[Truth, dict[str, Any]]
 
 
 def edit(rng: np.random.Generator, split: str, side: int) -> Made:
-    """Draw a scene, and one that differs by an instruction."""
-    kind = pick(rng, EDITS)
+    """Draw a scene, and one that differs by an instruction; in a held-out split of each kind equally often."""
+    kind = pick(rng, EDITED if split == "train" else EDITS)
     while True:
         before = scene(rng, split if split != "composition" or rng.integers(2) else "train")
         done = change(kind, before, rng)
@@ -301,11 +302,8 @@ def asked(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str] 
         what, counts = pick(rng, _counted(scene, thing, rng))
         return f"How many {what}?", str(counts)
     if kind == "yes or no":
-        colour, shape = thing.colour, thing.shape
-        if rng.integers(2):  # what is not there has the shape of one thing
-            colour = pick(rng, tuple(world.COLOURS))
-        there = any((colour, shape) == (other.colour, other.shape) for other in scene.objects)
-        return f"Is there {a(f'{colour} {shape}')}?", "yes" if there else "no"
+        said, true = pick(rng, _claims(scene, thing, rng))
+        return f"Is {said}?", "yes" if true else "no"
     other = pick(rng, scene.objects)
     if other is thing or (thing.x != other.x and thing.y != other.y):
         return None
@@ -318,6 +316,20 @@ def _counted(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tupl
         ("things are there", len(scene.objects)),
         (f"things are {colour}", sum(other.colour == colour for other in scene.objects)),
         (f"{plural(shape)} are there", sum(other.shape == shape for other in scene.objects)),
+    ]
+
+
+def _claims(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tuple[str, bool]]:
+    """Return what may be true, and whether it is: a thing's colour, the shape at its place, that there is such."""
+    true = bool(rng.integers(2))
+    colour = thing.colour if true else pick(rng, [colour for colour in world.COLOURS if colour != thing.colour])
+    shape = thing.shape if true else pick(rng, [shape for shape in world.SHAPES if shape != thing.shape])
+    alone = sum(other.shape == thing.shape for other in scene.objects) == 1
+    there = any((colour, thing.shape) == (other.colour, other.shape) for other in scene.objects)
+    return [
+        (f"the {thing.shape if alone else f'{thing.shape} {thing.place}'} {colour}", true),
+        (f"there {a(shape)} {thing.place}", true),
+        (f"there {a(f'{colour} {thing.shape}')}", there),
     ]
 
 
@@ -380,8 +392,8 @@ MAKERS: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
 }
 """Task -> f(stream, split, side of the pictures), which draws a truth and its values."""
 ORDER = tuple(task for task in table.TASKS if task in MAKERS)
-SHARES = {"edit": 9, "words": 4, "located": 3, "scribble": 2, "caption": 7, "long_caption": 3, "question": 11}
-SHARES |= {"choice": 3, "reasoning": 2}
+SHARES = {"edit": 11, "words": 3, "located": 3, "scribble": 2, "caption": 7, "long_caption": 3, "question": 13}
+SHARES |= {"choice": 1, "reasoning": 1}
 """How often the tasks that are learned late are trained on, of 50; all others, once."""
 TRAINED = tuple(task for task in ORDER for _ in range(SHARES.get(task, 1)))
 
