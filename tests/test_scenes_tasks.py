@@ -105,7 +105,7 @@ def test_answers_are_not_guessed_from_the_question_alone(task):
     """Of the texts that are asked for, none is nearly always the right one."""
     if task in WRITING:
         for kind in scenes_tasks.QUESTIONS if task == "question" else ("",):
-            said = [one.answers[-1] for one in map(truth, records(task, 96)) if one.kind == kind]
+            said = [one.answers[-1] for one in map(truth, records(task, 192)) if one.kind == kind]
             assert len(said) >= 4 and collections.Counter(said).most_common(1)[0][1] <= 0.8 * len(said)
 
 
