@@ -277,7 +277,9 @@ def to_move(
     return with_answers(spans, document, found, vocab, mask, packing, rng)
 
 
-def context(plan: Plan, r: int, tokens: Tokens, document: np.ndarray, spans: np.ndarray, packing: Packing):
+def context(
+    plan: Plan, r: int, tokens: Tokens, document: np.ndarray, spans: np.ndarray, packing: Packing
+) -> np.ndarray:
     """Return the tokens around the answers of the documents in row r that mask exactly these, bool [t].
 
     The [eod] behind a document ends what was asked for, and is not among them.
