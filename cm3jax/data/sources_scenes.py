@@ -34,7 +34,7 @@ class Scenes:
 
     def fingerprint(self) -> list:
         facts = [self.level, self.seed, self.resolution, self.count, HELD_OUT]
-        tasks = [EACH, scenes_tasks.ORDER, scenes_tasks.TRAINED, scenes_tasks.ASKED]
+        tasks = [EACH, scenes_tasks.ORDER, scenes_tasks.TRAINED, scenes_tasks.ASKED, scenes_tasks.EDITED]
         return [*facts, *{"rare": [CATALOGUE], scenes_world.TASKS: tasks}.get(self.level, ())]
 
     def total(self, jobs: list) -> int:
