@@ -251,34 +251,8 @@ def with_answers(
     return together[np.argsort(together[:, 0], kind="stable")]
 
 
-def to_move(
-    plan: Plan,
-    r: int,
-    tokens: Tokens,
-    ids: np.ndarray,
-    document: np.ndarray,
-    vocab: Vocab,
-    mask: Mask,
-    packing: Packing,
-    seed: int,
-    names: tuple[str, str],
-    epoch: int,
-) -> np.ndarray:
-    """Return the spans to move in row r: by the CM3 law, and in a share `mask.answers` exactly the answers.
-
-    Args:
-      ids, document: As from `read`.
-      names: Of the random streams, of the law and of who masks its answers.
-    """
-    spans = draw_spans(ids, vocab, mask, packing, stream(seed, names[0], epoch, r))
-    if not mask.answers:
-        return spans
-    found, rng = answers(plan, r, tokens, packing), stream(seed, names[1], epoch, r)
-    return with_answers(spans, document, found, vocab, mask, packing, rng)
-
-
 def context(
-    plan: Plan, r: int, tokens: Tokens, document: np.ndarray, spans: np.ndarray, packing: Packing
+    plan: Plan, r: int, tokens: Tokens, document: np.ndarray, spans: np.ndarray, asked: dict[int, np.ndarray]
 ) -> np.ndarray:
     """Return the tokens around the answers of the documents in row r that mask exactly these, bool [t].
 
@@ -287,10 +261,11 @@ def context(
     Args:
       document: As from `read`.
       spans: What is moved.
+      asked: From `answers`.
     """
     documents, _ = plan.row(r)
     found, of_spans = np.zeros(len(document), bool), document[spans[:, 0]]
-    for number, own in answers(plan, r, tokens, packing).items():
+    for number, own in asked.items():
         if np.array_equal(spans[of_spans == number], own):
             i, start = int(documents[number - 1]), int(np.searchsorted(document, number))
             found[start : start + 1 + int(tokens.lengths[i])] = True
@@ -312,14 +287,21 @@ def unmasked(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return row r before masking: ids [t], document [t], spans to move [n, 2], part of each token [t].
 
+    The spans are those of the CM3 law, and in a share `mask.answers` of the documents exactly the answers.
+
     Args:
       names: Of the random streams, of the law and of who masks its answers.
     """
     ids, document, retrieved = read(plan, r, tokens, packing)
-    spans = to_move(plan, r, tokens, ids, document, vocab, mask, packing, seed, names, epoch)
+    spans = draw_spans(ids, vocab, mask, packing, stream(seed, names[0], epoch, r))
     part = np.where(retrieved, np.int8(SHOWN), np.int8(OWN))
+    if not mask.answers and mask.context_weight == 1:
+        return ids, document, spans, part
+    asked = answers(plan, r, tokens, packing)
+    if mask.answers:
+        spans = with_answers(spans, document, asked, vocab, mask, packing, stream(seed, names[1], epoch, r))
     if mask.context_weight != 1:
-        part[context(plan, r, tokens, document, spans, packing) & ~retrieved] = CONTEXT
+        part[context(plan, r, tokens, document, spans, asked) & ~retrieved] = CONTEXT
     return ids, document, spans, part
 
 
