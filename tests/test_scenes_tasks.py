@@ -393,6 +393,14 @@ def test_the_source_holds_out_256_documents_of_each_task_and_they_survive_prepar
         assert all(np.array_equal(a, b) for a, b in zip(one.parts, known.parts, strict=True))
 
 
+@pytest.mark.parametrize("shares", ["TRAINED", "ASKED", "EDITED"])
+def test_what_is_asked_how_often_is_part_of_the_fingerprint_where_documents_follow_it(monkeypatch, shares):
+    opened = [sources.open(config.Prepare(source=f"scenes:{level}")) for level in ("tasks", "captions", "full")]
+    before = [source.fingerprint() for source in opened]
+    monkeypatch.setattr(scenes_tasks, shares, getattr(scenes_tasks, shares)[1:])
+    assert [a != source.fingerprint() for a, source in zip(before, opened, strict=True)] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("level", "wanted"), [("easy", "9c24313f6ab65fdb"), ("full", "9a5d64a61d810520"), ("rare", "e0a2abb9c7eb1fe7")]
 )

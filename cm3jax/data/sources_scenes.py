@@ -34,8 +34,10 @@ class Scenes:
 
     def fingerprint(self) -> list:
         facts = [self.level, self.seed, self.resolution, self.count, HELD_OUT]
-        tasks = [EACH, scenes_tasks.ORDER, scenes_tasks.TRAINED, scenes_tasks.ASKED, scenes_tasks.EDITED]
-        return [*facts, *{"rare": [CATALOGUE], scenes_world.TASKS: tasks}.get(self.level, ())]
+        tasks = [scenes_tasks.ORDER, scenes_tasks.TRAINED, scenes_tasks.ASKED, scenes_tasks.EDITED]
+        # The captions' split of texts is what is written in the tasks' documents.
+        more = {"rare": [CATALOGUE], scenes_world.TASKS: [EACH, *tasks], scenes_world.CAPTIONS: tasks}
+        return [*facts, *more.get(self.level, ())]
 
     def total(self, jobs: list) -> int:
         return sum(self.size(split) for split in scenes_world.splits(self.level))
