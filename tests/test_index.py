@@ -1,4 +1,6 @@
+import gc
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -29,6 +31,23 @@ def test_a_whole_folder_passes_and_its_index_counts_everything(folder):
     assert found["train"]["train-00002-of-00003.lengths.npy"][1] == 5
     assert found["test"]["test-00000-of-00001.ids.npy"][1] == 10
     assert all(size == (folder / name).stat().st_size for files in found.values() for name, (size, _) in files.items())
+
+
+def test_many_files_are_looked_at_at_once_whatever_runs_between(tmp_path):
+    """As where jax is: its callback of the collector lets other threads run, where numpy reads a header."""
+    for shard in range(64):
+        np.save(tmp_path / f"train-{shard:05d}-of-00064.ids.npy", np.zeros(shard, np.uint16))
+    before, turn = gc.get_threshold(), sys.getswitchinterval()
+    gc.callbacks.append(callback := lambda *_: sum(range(50)))
+    gc.set_threshold(5)
+    sys.setswitchinterval(1e-6)
+    try:
+        counts = [[count for _, count in index.make(tmp_path)["train"].values()] for _ in range(6)]
+    finally:
+        gc.callbacks.remove(callback)
+        gc.set_threshold(*before)
+        sys.setswitchinterval(turn)
+    assert counts == [list(range(64))] * 6
 
 
 def test_what_is_missing_short_or_new_is_named_in_one_line_with_the_fix(folder):

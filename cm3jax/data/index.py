@@ -7,9 +7,11 @@ Training finds a lost shard only when a row needs it, hours later; a folder that
 """
 
 import concurrent.futures
+import io
 import json
 import pathlib
 import re
+import threading
 
 import numpy as np
 
@@ -21,6 +23,8 @@ ARRAYS = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(\.\w+)?\.npy")
 """Shards of .npy: one file, or one of each kind, such as `.ids.npy`."""
 AT_ONCE = 32
 """Files looked at at one time: a look is mostly waiting, on a network disk for milliseconds."""
+PARSING = threading.Lock()
+"""numpy reads headers by `ast`, which in Python 3.11 fails now and then where two threads do (CPython gh-106905)."""
 NAMED = 3
 """Faults that the message names; the others are counted."""
 
@@ -58,8 +62,10 @@ def count(path: pathlib.Path) -> int:
         return shards.count(path)
     try:
         with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            return np.lib.format.read_array_header_1_0(file)[0][0]
+            head = io.BytesIO(file.read(4096))
+        with PARSING:
+            np.lib.format.read_magic(head)
+            return np.lib.format.read_array_header_1_0(head)[0][0]
     except (OSError, ValueError) as e:
         raise UserError(f"{str(path)!r}: not a .npy file ({e})") from None
 
