@@ -28,7 +28,7 @@ config = change(
         quickstart.decoder,
         model=change(quickstart.decoder.model, layers=6, width=192, heads=6),
         # 6 x 6 codes a picture: two of them and an instruction are at most 100 tokens, the longest reasoning 116.
-        packing=change(quickstart.decoder.packing, length=256, documents=0, isolate=True, most_spans=5, picture=36),
+        packing=change(quickstart.decoder.packing, length=256, documents=0, isolate=True, most_spans=8, picture=36),
         training=change(quickstart.decoder.training, steps=3500, batch=8),
     ),
 )

@@ -27,6 +27,7 @@ config = change(
     decoder=change(
         pretrain.decoder,
         start="runs/pretrain-scenes",
+        packing=change(pretrain.decoder.packing, most_spans=5),  # rows are fuller by a twentieth than with room for 8
         mask=configs.Mask(spans=2.0, rotate=0.0, answers=0.5, span_weight=36.0, context_weight=0.1),
         mixture=configs.Mixture(sets=("runs/pretrain-scenes/tokens",), weights=(0.8, 0.2)),
         training=change(pretrain.decoder.training, steps=4500),

@@ -39,8 +39,10 @@ EDITS = ("recolour", "add", "remove", "replace", "background")
 EDITED = (*EDITS, "recolour", "remove", "replace", "replace")
 """Kinds of the training split's edits, each as often: to find what is meant is harder than to add."""
 QUESTIONS = ("colour", "shape", "size", "count", "relation", "yes or no")
-ASKED = (*QUESTIONS, "colour", "size", "count", *3 * ("yes or no",))
+ASKED = (*QUESTIONS, "size", "count", "count", "yes or no", "yes or no")
 """Kinds of the training split's questions, each as often: some are harder to learn."""
+EXPLAINED = ("count", "yes or no")
+"""Kinds whose answers say first what is seen ("it is blue, so no"), and end with the answer proper."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BESIDE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 
@@ -157,16 +159,6 @@ def narrated(scene: Scene, rng: np.random.Generator) -> str:
     return f"{opening} {' '.join(told)} The background is {scene.background}."
 
 
-def mingled(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return a scene with its things in reading order or, as often, in any.
-
-    In reading order a caption's next thing is the next one in the picture. Only in any order does what comes after
-    "a small red" or "a small red circle" ask where that is, and that is what questions and edits need.
-    """
-    order = rng.permutation(len(scene.objects)) if rng.integers(2) else range(len(scene.objects))
-    return dataclasses.replace(scene, objects=tuple(scene.objects[i] for i in order))
-
-
 def named(thing: Object, scene: Scene) -> str:
     """Return words that mean this thing alone: its colour and shape, and where that is not enough its place."""
     alike = sum(short(other) == short(thing) for other in scene.objects)
@@ -280,7 +272,7 @@ def located(rng: np.random.Generator, split: str, side: int) -> Made:
 def captioned(task: str) -> Callable[[np.random.Generator, str, int], Made]:
     def draw(rng: np.random.Generator, split: str, side: int) -> Made:
         shown = scene(rng, split)
-        said = scenes_words.caption(mingled(shown, rng), rng) if task == "caption" else narrated(shown, rng)
+        said = scenes_words.caption(shown, rng) if task == "caption" else narrated(shown, rng)
         truth = Truth(task, scene=shown, answers=(said,))
         return truth, {"caption": said, "image": scenes_render.render(shown, side)}
 
@@ -310,10 +302,10 @@ def asked(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str] 
         return f"Is {named(thing, scene)} small or large?", thing.size
     if kind == "count":
         what, counts = pick(rng, _counted(scene, thing, rng))
-        return f"How many {what}?", str(counts)
+        return f"How many {what}?", f"{listed(scene)}, so {counts}"
     if kind == "yes or no":
-        said, true = pick(rng, _claims(scene, thing, rng))
-        return f"Is {said}?", "yes" if true else "no"
+        said, seen, true = pick(rng, _claims(scene, thing, rng))
+        return f"Is {said}?", f"{seen}, so {'yes' if true else 'no'}"
     other = pick(rng, scene.objects)
     if other is thing or (thing.x != other.x and thing.y != other.y):
         return None
@@ -329,17 +321,17 @@ def _counted(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tupl
     ]
 
 
-def _claims(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tuple[str, bool]]:
-    """Return what may be true, and whether it is: a thing's colour, the shape at its place, that there is such."""
+def _claims(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tuple[str, str, bool]]:
+    """Return (what may be true, what is seen, whether it is): a thing's colour, the shape at a place, such a thing."""
     true = bool(rng.integers(2))
     colour = thing.colour if true else pick(rng, [colour for colour in world.COLOURS if colour != thing.colour])
     shape = thing.shape if true else pick(rng, [shape for shape in world.SHAPES if shape != thing.shape])
     alone = sum(other.shape == thing.shape for other in scene.objects) == 1
     there = any((colour, thing.shape) == (other.colour, other.shape) for other in scene.objects)
     return [
-        (f"the {thing.shape if alone else f'{thing.shape} {thing.place}'} {colour}", true),
-        (f"there {a(shape)} {thing.place}", true),
-        (f"there {a(f'{colour} {thing.shape}')}", there),
+        (f"the {thing.shape if alone else f'{thing.shape} {thing.place}'} {colour}", f"it is {thing.colour}", true),
+        (f"there {a(shape)} {thing.place}", f"there is {a(thing.shape)}", true),
+        (f"there {a(f'{colour} {thing.shape}')}", listed(scene), there),
     ]
 
 
@@ -402,7 +394,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
 }
 """Task -> f(stream, split, side of the pictures), which draws a truth and its values."""
 ORDER = tuple(task for task in table.TASKS if task in MAKERS)
-SHARES = {"edit": 11, "words": 2, "located": 3, "caption": 4, "long_caption": 3, "question": 18}
+SHARES = {"edit": 12, "words": 2, "located": 3, "caption": 4, "long_caption": 3, "question": 17}
 """How often the tasks that are learned late are trained on, of 50; all others, once."""
 TRAINED = tuple(task for task in ORDER for _ in range(SHARES.get(task, 1)))
 

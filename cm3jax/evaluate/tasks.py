@@ -64,7 +64,14 @@ def texts(truth: Truth, said: Sequence[str]) -> Score:
     if truth.task == "long_caption":
         return judges.score(scenes_tasks_read.narrative(said[0]), truth.scene)
     right = [normal(a) == normal(b) for a, b in zip(truth.answers, said, strict=True)]
+    if truth.kind in scenes_tasks.EXPLAINED:
+        return Score(int(_end(truth.answers[0]) == _end(said[0])), 1, right[0])
     return Score(int(right[-1]), 1, all(right))  # an explanation may be wrong, and its answer right
+
+
+def _end(text: str) -> str:
+    """Return the last word of a text."""
+    return normal(text).rpartition(" ")[2]
 
 
 def normal(text: str) -> str:
