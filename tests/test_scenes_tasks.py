@@ -105,7 +105,7 @@ def test_answers_are_not_guessed_from_the_question_alone(task):
     """Of the texts that are asked for, none is nearly always the right one."""
     if task in WRITING:
         for kind in scenes_tasks.QUESTIONS if task == "question" else ("",):
-            said = [one.answers[-1] for one in map(truth, records(task, 192)) if one.kind == kind]
+            said = [one.answers[-1].split()[-1] for one in map(truth, records(task, 192)) if one.kind == kind]
             assert len(said) >= 4 and collections.Counter(said).most_common(1)[0][1] <= 0.8 * len(said)
 
 
@@ -189,6 +189,38 @@ def test_the_true_picture_scores_1(task, side):
 def test_the_true_words_score_1(task):
     found = records(task, 20)
     assert right(found, [answer(one) for one in found]) == 1
+
+
+def verdict(question, things):
+    """Return the end of the answer to a count or a question of yes or no about (colour, shape, place)s."""
+    words = set(question.removesuffix("?").replace("crosses", "cross").split())
+    words |= {word.removesuffix("s") for word in words}
+    said = lambda *known: [known[i] for i in range(len(known)) if known[i] in words]  # noqa: E731
+    colour, shape = said(*world.COLOURS), said(*world.SHAPES)
+    place = [name for name in world.QUARTERS if name in question]
+    asked = [one for one in things if set(one) >= {*colour, *shape, *place}]
+    return str(len(asked)) if question.startswith("How many") else "yes" if asked else "no"
+
+
+def test_counts_and_questions_of_yes_or_no_say_what_is_seen_and_end_with_what_follows():
+    kinds = collections.Counter()
+    for one in records("question", 300):
+        known, values = truth(one), templates.read("question", one.parts)
+        if known.kind in scenes_tasks.EXPLAINED:
+            things = [(thing.colour, thing.shape, thing.place) for thing in known.scene.objects]
+            seen, _, end = values["answer"].rpartition(", so ")
+            assert end == verdict(values["question"], things)
+            assert all(
+                any(set(said.split()[-2:]) <= {*thing, "is"} for thing in things) for said in seen.split(", ")
+            ) or (seen.startswith("there is"))
+            kinds[known.kind, end] += 1
+    assert set(kinds) >= {("yes or no", "yes"), ("yes or no", "no"), ("count", "0"), ("count", "1"), ("count", "2")}
+
+
+def test_such_an_answer_is_right_by_its_end_and_whole_with_what_is_seen():
+    known = scenes_tasks.Truth("question", "count", answers=("a red ring, a blue star, so 1",))
+    scored = [judges.texts(known, [said]) for said in ("A red ring, a blue star, so 1.", "a red star, so 1", "2", "")]
+    assert [(one.matched, one.whole) for one in scored] == [(1, True), (1, False), (0, False), (0, False)]
 
 
 @pytest.mark.parametrize("task", DRAWING)
