@@ -220,8 +220,7 @@ def test_a_mixture_keeps_the_answers_of_its_sets(data, tmp_path):
     found, own = mixing.open(tmp_path, "train", stage), opened(data)
     assert len(found.answers(39)) == 0
     assert all(np.array_equal(found.answers(40 + i), own.answers(i)) for i in range(len(own)))
-    taught = list(shares(found, stage, 400).values())
-    assert np.mean(taught) > 0.4 and min(taught) > 0
+    assert min(shares(found, stage, 4000).values()) > 0.2  # most of these rows have a plain document
 
 
 def test_answers_stand_behind_what_was_retrieved_for_their_document(data, tmp_path):
