@@ -24,7 +24,7 @@ ARRAYS = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(\.\w+)?\.npy")
 AT_ONCE = 32
 """Files looked at at one time: a look is mostly waiting, on a network disk for milliseconds."""
 PARSING = threading.Lock()
-"""numpy reads headers by `ast`, which fails now and then in two threads at once (in 3.11.7; compare CPython gh-106905)."""
+"""numpy reads headers by `ast`, which fails now and then in two threads at once (3.11.7; compare CPython gh-106905)."""
 NAMED = 3
 """Faults that the message names; the others are counted."""
 
