@@ -638,9 +638,12 @@ class Mask:
     context_weight: float = later(1.0)
     """Weight in the loss of each token around the answer, of documents that mask exactly that (ours: to model
     instructions and pictures that are given takes from learning what is asked for)."""
+    end_weight: float = later(0.0)
+    """Weight that each of the last two tokens of an answer in words has in the loss at least, of documents that mask
+    exactly that (ours: an answer that first says what is seen ends with its verdict, two tokens of twenty)."""
 
     def __post_init__(self):
-        within(self, "mask", 0, math.inf, "spans", "span_weight", "context_weight")
+        within(self, "mask", 0, math.inf, "spans", "span_weight", "end_weight", "context_weight")
         within(self, "mask", 0, 1, "rotate", "captions", "answers")
 
 
@@ -692,6 +695,10 @@ class DecoderStage:
     mixture: Mixture = Mixture()
     start: str = later("")
     """Run folder whose decoder's weights training begins with, one that was imported perhaps; "": random ones."""
+    unseen: Literal["kept", "drawn"] = later("kept")
+    """Of the model that training begins with, the table's rows of text pieces that none of its own training documents
+    holds. drawn: at random, as long as the others. kept: as they are; where the table is tied, training has pushed them
+    all the same way at every step, until they are long and alike (arXiv 1907.12009), and new words start as one."""
     trainable: Literal["all", "image_head"] = later("all")
     """image_head: the output layer's rows of image codes alone, as Anole did (arXiv 2407.06135); all else stays as it
     was, bit for bit. Needs model.tied False."""

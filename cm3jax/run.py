@@ -267,7 +267,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     """Token shards -> decoder/."""
     import jax
 
-    from cm3jax import checkpoint, hooks, sharding
+    from cm3jax import checkpoint, hooks, rng, sharding
     from cm3jax.data import index, mixing, paths, pipeline, retrieved
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
@@ -305,6 +305,15 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     start = pathlib.Path(stage.start) / STAGES["decoder"].output
     if stage.start:
         say(f"decoder: begins with the weights in {start}")
+
+    def weights(target):
+        found = checkpoint.load_params(start, target=target)
+        if stage.unseen == "kept":
+            return found
+        seen = token_shards.Tokens(start.parent / "tokens", "train").counts(vocab.size) > 0
+        say(f"decoder: rows are drawn for {lm.new_pieces(vocab, seen).sum()} text pieces that these never saw")
+        return lm.drawn(found, vocab, seen, rng.key(stage.training.seed, "unseen"))
+
     loop.train(
         lm.task(resolved, vocab),
         lambda step: pipeline.batches(run / "tokens", "train", stage, vocab, step, *host, source),
@@ -316,7 +325,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         hooks=sampled(stage.training, states.averaged, hooks.drawings, recipe, run),
         name="decoder",
         meta=meta,
-        weights=(lambda target: checkpoint.load_params(start, target=target)) if stage.start else None,
+        weights=weights if stage.start else None,
     )
 
 

@@ -345,7 +345,7 @@ def arrays(
     """Return a batch from the rows that `masked` gave.
 
     Args:
-      mask: Its `span_weight` and `context_weight`.
+      mask: Its `span_weight`, `end_weight` and `context_weight`.
       retrieved_weight: Of targets that belong to retrieved documents.
 
     Returns:
@@ -379,6 +379,9 @@ def arrays(
     weights = np.where(kind >= RETRIEVED, retrieved_weight, has_target)
     length = np.take_along_axis(moved, following, 1)
     weights = weights * np.where(length > 0, np.maximum(1, mask.span_weight / np.maximum(1, length)), 1)
+    if mask.end_weight:
+        final = ends(moved) & vocab.is_text(ids) & answered(segments, part)
+        weights = np.where(np.take_along_axis(final, following, 1), np.maximum(weights, mask.end_weight), weights)
     weights = weights * np.where(np.take_along_axis(part, following, 1) == CONTEXT, mask.context_weight, 1)
     return {
         "inputs": ids,
@@ -388,6 +391,18 @@ def arrays(
         "segments": segments,
         "modality": kind,
     }
+
+
+def ends(moved: np.ndarray) -> np.ndarray:
+    """Return which tokens are the last two of a moved span, bool [b, t]; behind each span is a marker, or nothing."""
+    behind = np.pad(moved, ((0, 0), (0, 2)))
+    return (moved > 0) & ((behind[:, 1:-1] == 0) | (behind[:, 2:] == 0))
+
+
+def answered(segments: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Return which tokens are of segments that mask exactly an answer, bool [b, t]."""
+    own = [np.isin(s, s[p == CONTEXT]) for s, p in zip(segments, part, strict=True)]
+    return np.stack(own)
 
 
 def order(segments: np.ndarray, isolate: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ codes of 8 x 8. Small things are far and large ones near: that is the order in w
 maps show. Two tasks draw something else: a word, six letters at most in a row of cells, each 8 x 16 pixels of 48; and a
 stick figure with one of 36 poses.
 
-Record i of a held-out split is of task i mod 15, in that task's next wording; of the training split, of i mod 50 in
+Record i of a held-out split is of task i mod 15, in that task's next wording; of the training split, of i mod 54 in
 `TRAINED`, which has more of what is harder to learn. `fields["task"]` names it, `fields["wording"]` counts,
 `fields["truth"]` is `Truth` as JSON, and of what shows a scene `fields["scene"]` is that scene, as in the other levels.
 What the splits are is as there: contents are hashed, those of both scenes of an edit; the composition split has the
@@ -39,10 +39,10 @@ EDITS = ("recolour", "add", "remove", "replace", "background")
 EDITED = (*EDITS, "recolour", "remove", "replace", "replace")
 """Kinds of the training split's edits, each as often: to find what is meant is harder than to add."""
 QUESTIONS = ("colour", "shape", "size", "count", "relation", "yes or no")
-ASKED = (*QUESTIONS, "size", "count", "count", "yes or no", "yes or no")
+ASKED = (*QUESTIONS, "size", "count", "count", *4 * ("yes or no",))
 """Kinds of the training split's questions, each as often: some are harder to learn."""
 EXPLAINED = ("count", "yes or no")
-"""Kinds whose answers say first what is seen ("it is blue, so no"), and end with the answer proper."""
+"""Kinds whose answers say first what is asked and what is seen ("red asked, blue seen, so no"), then what follows."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BESIDE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 
@@ -301,37 +301,38 @@ def asked(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str] 
     if kind == "size":
         return f"Is {named(thing, scene)} small or large?", thing.size
     if kind == "count":
-        what, counts = pick(rng, _counted(scene, thing, rng))
-        return f"How many {what}?", f"{listed(scene)}, so {counts}"
+        what, meant, counts = pick(rng, _counted(scene, thing, rng))
+        return f"How many {what}?", f"{meant} asked, {listed(scene)} seen, so {counts}"
     if kind == "yes or no":
-        said, seen, true = pick(rng, _claims(scene, thing, rng))
-        return f"Is {said}?", f"{seen}, so {'yes' if true else 'no'}"
+        said, meant, seen, true = pick(rng, _claims(scene, thing, rng))
+        return f"Is {said}?", f"{meant} asked, {seen} seen, so {'yes' if true else 'no'}"
     other = pick(rng, scene.objects)
     if other is thing or (thing.x != other.x and thing.y != other.y):
         return None
     return f"What is {BESIDE[world.relation(thing, other)]} {named(other, scene)}?", a(short(thing))
 
 
-def _counted(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tuple[str, int]]:
+def _counted(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tuple[str, str, int]]:
+    """Return (what is counted, in short, how many there are): things, those of a colour, those of a shape."""
     colour, shape = pick(rng, (thing.colour, pick(rng, tuple(world.COLOURS)))), pick(rng, (thing.shape, "star"))
     return [
-        ("things are there", len(scene.objects)),
-        (f"things are {colour}", sum(other.colour == colour for other in scene.objects)),
-        (f"{plural(shape)} are there", sum(other.shape == shape for other in scene.objects)),
+        ("things are there", "thing", len(scene.objects)),
+        (f"things are {colour}", colour, sum(other.colour == colour for other in scene.objects)),
+        (f"{plural(shape)} are there", shape, sum(other.shape == shape for other in scene.objects)),
     ]
 
 
-def _claims(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tuple[str, str, bool]]:
-    """Return (what may be true, what is seen, whether it is): a thing's colour, the shape at a place, such a thing."""
+def _claims(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tuple[str, str, str, bool]]:
+    """Return (what may be true, in short, what is seen, whether it is): a colour, the shape at a place, such a thing."""
     true = bool(rng.integers(2))
     colour = thing.colour if true else pick(rng, [colour for colour in world.COLOURS if colour != thing.colour])
     shape = thing.shape if true else pick(rng, [shape for shape in world.SHAPES if shape != thing.shape])
     alone = sum(other.shape == thing.shape for other in scene.objects) == 1
     there = any((colour, thing.shape) == (other.colour, other.shape) for other in scene.objects)
     return [
-        (f"the {thing.shape if alone else f'{thing.shape} {thing.place}'} {colour}", f"it is {thing.colour}", true),
-        (f"there {a(shape)} {thing.place}", f"there is {a(thing.shape)}", true),
-        (f"there {a(f'{colour} {thing.shape}')}", listed(scene), there),
+        (f"the {thing.shape if alone else f'{thing.shape} {thing.place}'} {colour}", colour, thing.colour, true),
+        (f"there {a(shape)} {thing.place}", shape, thing.shape, true),
+        (f"there {a(f'{colour} {thing.shape}')}", f"{colour} {thing.shape}", listed(scene), there),
     ]
 
 
@@ -394,8 +395,8 @@ MAKERS: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
 }
 """Task -> f(stream, split, side of the pictures), which draws a truth and its values."""
 ORDER = tuple(task for task in table.TASKS if task in MAKERS)
-SHARES = {"edit": 12, "words": 2, "located": 3, "caption": 4, "long_caption": 3, "question": 17}
-"""How often the tasks that are learned late are trained on, of 50; all others, once."""
+SHARES = {"edit": 12, "words": 2, "located": 3, "caption": 4, "long_caption": 3, "question": 21}
+"""How often the tasks that are learned late are trained on, of 54; all others, once."""
 TRAINED = tuple(task for task in ORDER for _ in range(SHARES.get(task, 1)))
 
 

@@ -140,6 +140,10 @@ class Tokens:
         for ids in self._ids:
             yield from (ids[i : i + size] for i in range(0, len(ids), size))
 
+    def counts(self, size: int) -> np.ndarray:
+        """Return how often each id below `size` stands in the split, int64 [size]."""
+        return sum((np.bincount(ids, minlength=size) for ids in self.blocks()), np.zeros(size, np.int64))
+
     def keys(self) -> list[str]:
         """Return the record key of every document."""
         return [k.decode() for base in self._bases for k in load(base, "keys").tolist()]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cm3jax import config as configs
@@ -68,6 +69,31 @@ def task(stage: configs.DecoderStage, vocab: Vocab) -> states.Task:
         return losses(net, stage, states.averaged(state), batch)[1]
 
     return states.Task(init, step, evaluate, step_flops(stage, vocab))
+
+
+def drawn(params, vocab: Vocab, seen: np.ndarray, key):
+    """Return the parameters with new rows for text pieces that a model never saw, in the table and an untied head.
+
+    Args:
+      seen: bool [vocab.size], ids that its training documents hold.
+      key: Of the new rows: normal, with the root mean square of the rows of pieces that it saw.
+    """
+    new, old = new_pieces(vocab, seen), new_pieces(vocab, ~seen)
+
+    def one(rows, key):
+        scale = jnp.sqrt(jnp.sum(jnp.square(rows) * old[:, None]) / (old.sum() * rows.shape[1]))
+        return jnp.where(new[:, None], scale * jax.random.normal(key, rows.shape, rows.dtype), rows)
+
+    tables = [name for name in ("table", "head") if name in params]
+    keys = dict(zip(tables, jax.random.split(key, len(tables)), strict=True))
+    return params | {
+        name: jax.jit(one, out_shardings=params[name].sharding)(params[name], keys[name]) for name in tables
+    }
+
+
+def new_pieces(vocab: Vocab, seen: np.ndarray) -> np.ndarray:
+    """Return which ids are text pieces that are not seen, bool [vocab.size]."""
+    return vocab.is_text(np.arange(vocab.size)) & ~seen
 
 
 def step_flops(stage: configs.DecoderStage, vocab: Vocab) -> float:
