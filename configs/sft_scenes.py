@@ -9,9 +9,9 @@ caption does, a picture alone, and a model that has seen both answers "Question:
 tasks are drawn without guidance, whose streams are such masked documents. An answer in words weighs as much as a
 picture of 36 codes: of a question's tokens two in sixty are its answer. What stands around an answer that is asked for,
 instructions and pictures, has a tenth of the weight; the end of an answer in words, where counts and questions of yes
-or no have what follows from what is seen, more than all the rest. Half of the tasks' words are of pieces that pretraining
-never saw: their rows of the table start anew. A quarter of the tokens are those of pretraining, so that less of it is
-forgotten. The report has the figures of the model before beside those after.
+or no have what follows from what is seen, more than all the rest. Half of the tasks' words are of pieces which
+pretraining never saw: their rows of the table start anew. A quarter of the tokens are those of pretraining, so that
+less of it is forgotten. The report has the figures of the model before beside those after.
 """
 
 import dataclasses

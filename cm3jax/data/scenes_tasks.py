@@ -323,7 +323,7 @@ def _counted(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tupl
 
 
 def _claims(scene: Scene, thing: Object, rng: np.random.Generator) -> list[tuple[str, str, str, bool]]:
-    """Return (what may be true, in short, what is seen, whether it is): a colour, the shape at a place, such a thing."""
+    """Return (what may be true, in short, what is seen, whether it is): a colour, a place's shape, such a thing."""
     true = bool(rng.integers(2))
     colour = thing.colour if true else pick(rng, [colour for colour in world.COLOURS if colour != thing.colour])
     shape = thing.shape if true else pick(rng, [shape for shape in world.SHAPES if shape != thing.shape])
