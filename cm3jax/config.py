@@ -707,6 +707,8 @@ class DecoderStage:
         within(self, "decoder", 0, math.inf, "z_loss")
         within(self, "decoder", 1, math.inf, "loss_chunk")
         within(self, "decoder", 0, SEEDS - 1, "eval_mask_seed")
+        if self.unseen == "drawn" and not self.start:
+            raise ValueError("decoder.unseen = drawn: rows of which model? set decoder.start, or unseen to kept")
         if self.trainable == "image_head" and self.model.tied:
             raise ValueError(
                 "decoder.trainable = image_head: with decoder.model.tied the output layer's rows are the table's; set"

@@ -523,6 +523,9 @@ def refuse_start(recipe: Recipe) -> None:
     if not (start / "recipe.json").is_file() or not checkpoint.steps(start / STAGES["decoder"].output):
         raise UserError(f"{where}: no run folder with a decoder; give one that was trained or imported")
     require(TOKENIZERS, start)
+    tokens = stages.read(start / "tokens")
+    if recipe.decoder.unseen == "drawn" and not (tokens and tokens.complete):
+        raise UserError(f"{where}: has no tokens/ to say which pieces its model saw; set decoder.unseen to kept")
     theirs, ours = (
         config.to_json(known.decoder.model)
         | config.to_json(known.vocab)

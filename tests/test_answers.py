@@ -193,6 +193,33 @@ def test_what_stands_around_an_answer_weighs_less_where_it_is_asked_for(data, se
     assert min(seen["others"], seen["asked"], seen["less"]) > 20
 
 
+def test_the_last_two_tokens_of_an_answer_in_words_weigh_at_least_what_the_config_says(data):
+    """Those of documents that mask exactly that; of other spans, of drawn codes and of all else nothing changes."""
+    found, settings = opened(data), Packing("whole", 600, isolate=True, most_spans=12)
+    law = Mask(spans=2.0, answers=0.5, span_weight=5.0, context_weight=0.25)
+    plain, heavy = (
+        pipeline.Batches(found, dataclasses.replace(STAGE, packing=settings, mask=one), VOCAB)
+        for one in (law, dataclasses.replace(law, end_weight=70.0))
+    )
+    total = 0
+    for g in range(30):
+        a, b = plain(g), heavy(g)
+        assert all(np.array_equal(a[name], b[name]) for name in a if name != "weights")
+        changed = np.flatnonzero(a["weights"][0] != b["weights"][0])
+        targets = a["targets"][0]
+        assert (b["weights"][0, changed] == 70).all() and VOCAB.is_text(targets[changed]).all()
+        assert all(EOSS in targets[at + 1 : at + 3] for at in changed)
+        ids, owner, spans, _ = plain.unmasked(g)
+        (plan, _), _, r = plain.epochs.locate(g)
+        asked, expected = packing.answers(plan, r, found, settings), 0
+        for number, wanted in asked.items():
+            if np.array_equal(spans[owner[spans[:, 0]] == number], wanted):
+                expected += sum(int(VOCAB.is_text(ids[first:end][-2:]).sum()) for first, end in wanted)
+        assert len(changed) == expected
+        total += expected
+    assert total > 20
+
+
 def test_cut_documents_and_too_many_answers_are_left_to_the_law(data):
     """Chopped rows mask the answers of documents that they hold whole, as far as sentinels go."""
     found = opened(data)

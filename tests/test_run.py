@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -307,6 +308,10 @@ def test_tokenizers_of_another_kind_are_refused_before_any_work(toy, first, tmp_
     recipe = begun(first, image=dataclasses.replace(RECIPE.image, model=model))
     with pytest.raises(UserError, match=r"its image\.model\.width is 128, this recipe's 32"):
         run.run(recipe, tmp_path / "second")
+    drawn = dataclasses.replace(RECIPE.decoder, start=str(first), unseen="drawn")
+    shutil.move(first / "tokens", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="first: has no tokens/ to say which pieces its model saw; set decoder.unseen"):
+        run.run(dataclasses.replace(RECIPE, decoder=drawn), tmp_path / "second")
     (first / "image" / "result").unlink()
     with pytest.raises(UserError, match="result"):
         run.run(begun(first), tmp_path / "second")

@@ -1,13 +1,15 @@
 """configs/sft/7b.py, by its own commands, on two sets of the embedded world and a small run with random weights."""
 
+import shutil
+
 import numpy as np
 import pytest
 import random_run
 
-from cm3jax import checkpoint, cli, trees
+from cm3jax import checkpoint, cli, stages, trees
 from cm3jax import config as configs
 from cm3jax import run as runs
-from cm3jax.data import scenes
+from cm3jax.data import scenes, tokens
 from cm3jax.tasks import table
 from cm3jax.vocab import Vocab
 
@@ -48,6 +50,15 @@ def test_a_pretrained_run_is_tuned_on_sets_of_its_own_tokenizers(tmp_path, capsy
     assert "decoder: begins with the weights in" in told and "passes an epoch" in told
     old, new = (trees.named_leaves(checkpoint.load_params(run / "decoder")) for run in (start, out))
     assert all(0 < np.abs(np.asarray(old[n]) - np.asarray(new[n])).max() < 0.01 for n in old)
+    stages.remove(out / "decoder")
+    shutil.copytree(first / "tokens", start / "tokens")
+    did(*words, "--decoder.start", start, "--decoder.unseen", "drawn")
+    known = tokens.Tokens(first / "tokens", "train").counts(VOCAB.size) > 0
+    never = VOCAB.text - int(known[VOCAB.text_start : VOCAB.image_start].sum())
+    assert f"rows are drawn for {never} text pieces that these never saw" in capsys.readouterr().out
+    rows = np.asarray(checkpoint.load_params(out / "decoder")["table"])
+    far = np.abs(rows - np.asarray(old["table"])).max(1) > 0.02
+    assert far.sum() == never and not far[known].any()
     did("tasks", out)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert {row[0] for row in rows} == table.TASKS.keys()

@@ -2,14 +2,17 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from talking_run import MODEL, VOCAB
 
 from cm3jax import config as configs
 from cm3jax import sharding, trees
+from cm3jax.nn import decoder
 from cm3jax.train import lm, loop
 
 STAGE = configs.DecoderStage(
@@ -90,6 +93,37 @@ def test_its_gradient_is_that_of_the_whole_training():
     own = jax.grad(lambda own: loss(part.put(params, own)))(part.taken(params))["head"]
     np.testing.assert_allclose(own, whole, rtol=1e-5, atol=1e-6)
     assert np.abs(whole).max() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_pieces_that_a_model_never_saw_are_drawn_anew_and_nothing_else(tied):
+    """On one device as on eight; the new rows differ, and are as long as those of pieces that it saw."""
+    net = decoder.Decoder(dataclasses.replace(STAGE.model, tied=tied, width=64), VOCAB.size, 13)
+    shapes = nn.unbox(jax.eval_shape(lambda key: decoder.init(net, key), jax.random.key(0)))
+    one = SingleDeviceSharding(jax.devices()[0])
+    old = weights(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes))
+    text, seen = VOCAB.is_text(np.arange(VOCAB.size)), np.random.default_rng(0).random(VOCAB.size) < 0.5
+    new, tables = lm.drawn(old, VOCAB, seen, jax.random.key(1)), ["table"] if tied else ["table", "head"]
+    for name, a in trees.named_leaves(old).items():
+        b = np.asarray(trees.named_leaves(new)[name])
+        if name not in tables:
+            assert np.array_equal(a, b)
+            continue
+        assert np.array_equal(a[~(text & ~seen)], b[~(text & ~seen)])
+        a, b = np.asarray(a)[text & seen], b[text & ~seen]
+        assert abs(np.std(b) / np.sqrt(np.mean(np.square(a))) - 1) < 0.1
+        assert np.abs(np.corrcoef(b) - np.eye(len(b))).max() < 0.7
+    assert tied or not np.allclose(new["table"][text & ~seen], new["head"][text & ~seen])
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    over = NamedSharding(mesh, PartitionSpec(None, "x"))
+    spread = old | {name: jax.device_put(old[name], over) for name in tables}
+    again = lm.drawn(spread, VOCAB, seen, jax.random.key(1))
+    assert all(again[name].sharding == over and np.array_equal(new[name], again[name]) for name in tables)
+
+
+def test_what_pieces_no_model_saw_is_nothing_to_ask():
+    with pytest.raises(ValueError, match="decoder.unseen = drawn: rows of which model"):
+        dataclasses.replace(STAGE, unseen="drawn")
 
 
 def test_a_tied_head_is_refused():
