@@ -118,7 +118,9 @@ def test_rows_of_pieces_that_a_model_never_saw_are_drawn_anew_and_nothing_else(t
     over = NamedSharding(mesh, PartitionSpec(None, "x"))
     spread = old | {name: jax.device_put(old[name], over) for name in tables}
     again = lm.drawn(spread, VOCAB, seen, jax.random.key(1))
-    assert all(again[name].sharding == over and np.array_equal(new[name], again[name]) for name in tables)
+    for name in tables:  # the mean square is summed in another order
+        assert again[name].sharding == over
+        np.testing.assert_allclose(again[name], new[name], rtol=1e-5)
 
 
 def test_what_pieces_no_model_saw_is_nothing_to_ask():
