@@ -6,7 +6,7 @@ codes of 8 x 8. Small things are far and large ones near: that is the order in w
 maps show. Two tasks draw something else: a word, six letters at most in a row of cells, each 8 x 16 pixels of 48; and a
 stick figure with one of 36 poses.
 
-Record i of a held-out split is of task i mod 15, in that task's next wording; of the training split, of i mod 54 in
+Record i of a held-out split is of task i mod 15, in that task's next wording; of the training split, of i mod 53 in
 `TRAINED`, which has more of what is harder to learn. `fields["task"]` names it, `fields["wording"]` counts,
 `fields["truth"]` is `Truth` as JSON, and of what shows a scene `fields["scene"]` is that scene, as in the other levels.
 What the splits are is as there: contents are hashed, those of both scenes of an edit; the composition split has the
@@ -39,7 +39,7 @@ EDITS = ("recolour", "add", "remove", "replace", "background")
 EDITED = (*EDITS, "recolour", "remove", "replace", "replace")
 """Kinds of the training split's edits, each as often: to find what is meant is harder than to add."""
 QUESTIONS = ("colour", "shape", "size", "count", "relation", "yes or no")
-ASKED = (*QUESTIONS, "size", "count", "count", *4 * ("yes or no",))
+ASKED = (*QUESTIONS, "size", "count", "count", *3 * ("yes or no",))
 """Kinds of the training split's questions, each as often: some are harder to learn."""
 EXPLAINED = ("count", "yes or no")
 """Kinds whose answers say first what is asked and what is seen ("red asked, blue seen, so no"), then what follows."""
@@ -395,8 +395,8 @@ MAKERS: dict[str, Callable[[np.random.Generator, str, int], Made]] = {
 }
 """Task -> f(stream, split, side of the pictures), which draws a truth and its values."""
 ORDER = tuple(task for task in table.TASKS if task in MAKERS)
-SHARES = {"edit": 12, "words": 2, "located": 3, "caption": 4, "long_caption": 3, "question": 21}
-"""How often the tasks that are learned late are trained on, of 54; all others, once."""
+SHARES = {"edit": 13, "words": 2, "located": 3, "caption": 4, "long_caption": 3, "question": 19}
+"""How often the tasks that are learned late are trained on, of 53; all others, once."""
 TRAINED = tuple(task for task in ORDER for _ in range(SHARES.get(task, 1)))
 
 
