@@ -40,7 +40,7 @@ def test_a_pretrained_run_is_tuned_on_sets_of_its_own_tokenizers(tmp_path, capsy
     for name in ("text", "image"):
         runs.taken(start, name, runs.decided(RECIPE, name), "elsewhere")
     first, second, out = (tmp_path / name for name in ("first", "second", "tuned"))
-    for folder, count, seed in ((first, 60, 0), (second, 240, 1)):
+    for folder, count, seed in ((first, 106, 0), (second, 318, 1)):
         did("prepare", "scenes:tasks", folder, "--resolution", 16, "--count", count, "--seed", seed, "--workers", 1)
         did("encode", folder, "--tokenizers", start)
     words = ["train", "configs/sft/7b.py", "--inputs", first, "--out", out, *SMALL.split()]
