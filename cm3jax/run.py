@@ -267,7 +267,7 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     """Token shards -> decoder/."""
     import jax
 
-    from cm3jax import checkpoint, hooks, rng, sharding
+    from cm3jax import hooks, sharding
     from cm3jax.data import index, mixing, paths, pipeline, retrieved
     from cm3jax.data import tokens as token_shards
     from cm3jax.train import lm, loop
@@ -302,18 +302,8 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
     meta = {"data": pipeline.fingerprint(found, stage, vocab), "model": model}
     resolved = lm.resolve(stage, device := jax.devices()[0])
     say(f"decoder: attention by {resolved.model.attention} on {device.device_kind}")
-    start = pathlib.Path(stage.start) / STAGES["decoder"].output
     if stage.start:
-        say(f"decoder: begins with the weights in {start}")
-
-    def weights(target):
-        found = checkpoint.load_params(start, target=target)
-        if stage.unseen == "kept":
-            return found
-        seen = token_shards.Tokens(start.parent / "tokens", "train").counts(vocab.size) > 0
-        say(f"decoder: rows are drawn for {lm.new_pieces(vocab, seen).sum()} text pieces that these never saw")
-        return lm.drawn(found, vocab, seen, rng.key(stage.training.seed, "unseen"))
-
+        say(f"decoder: begins with the weights in {pathlib.Path(stage.start) / STAGES['decoder'].output}")
     loop.train(
         lm.task(resolved, vocab),
         lambda step: pipeline.batches(run / "tokens", "train", stage, vocab, step, *host, source),
@@ -325,8 +315,24 @@ def decoder(recipe: Recipe, run: pathlib.Path) -> None:
         hooks=sampled(stage.training, states.averaged, hooks.drawings, recipe, run),
         name="decoder",
         meta=meta,
-        weights=weights if stage.start else None,
+        weights=(lambda target: begun(recipe, target)) if stage.start else None,
     )
+
+
+def begun(recipe: Recipe, target):
+    """Return the weights in `decoder.start`, in the shapes and places of a tree; with new rows if `decoder.unseen`."""
+    from cm3jax import checkpoint, rng
+    from cm3jax.data import tokens as token_shards
+    from cm3jax.train import lm
+
+    stage, vocab, start = recipe.decoder, recipe.vocab, pathlib.Path(recipe.decoder.start)
+    found = checkpoint.load_params(start / STAGES["decoder"].output, target=target)
+    if stage.unseen == "kept":
+        return found
+    seen = token_shards.Tokens(start / "tokens", "train").counts(vocab.size) > 0
+    count = vocab.text - int(seen[vocab.text_start : vocab.image_start].sum())
+    say(f"decoder: rows are drawn for {count} text pieces that these never saw")
+    return lm.drawn(found, vocab, seen, rng.key(stage.training.seed, "unseen"))
 
 
 def check_set(folder: pathlib.Path, own: pathlib.Path) -> None:

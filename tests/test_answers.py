@@ -193,10 +193,12 @@ def test_what_stands_around_an_answer_weighs_less_where_it_is_asked_for(data, se
     assert min(seen["others"], seen["asked"], seen["less"]) > 20
 
 
-def test_the_last_two_tokens_of_an_answer_in_words_weigh_at_least_what_the_config_says(data):
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("context_weight", [0.25, 1.0])
+def test_the_last_two_tokens_of_an_answer_in_words_weigh_at_least_what_the_config_says(data, isolate, context_weight):
     """Those of documents that mask exactly that; of other spans, of drawn codes and of all else nothing changes."""
-    found, settings = opened(data), Packing("whole", 600, isolate=True, most_spans=12)
-    law = Mask(spans=2.0, answers=0.5, span_weight=5.0, context_weight=0.25)
+    found, settings = opened(data), Packing("whole", 600, isolate=isolate, most_spans=12)
+    law = Mask(spans=2.0, answers=0.5, span_weight=5.0, context_weight=context_weight)
     plain, heavy = (
         pipeline.Batches(found, dataclasses.replace(STAGE, packing=settings, mask=one), VOCAB)
         for one in (law, dataclasses.replace(law, end_weight=70.0))

@@ -23,13 +23,14 @@ RETRIEVED = 4
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """A masked row: ids [t], segments [t], the length of the moved span that each token is of [t], 0 for none, the codes of
-each span [n], the part that each token has in its document [t]: `OWN`, `SHOWN` or `CONTEXT`."""
+each span [n], the part that each token has in its document [t]: `OWN`, `SHOWN`, `CONTEXT` or `END`."""
 
 PLAIN = Mask()
 """All tokens weigh the same."""
 
-OWN, SHOWN, CONTEXT = range(3)
-"""Parts: a document's own token, one of a document retrieved for it, what stands around an answer that is asked for."""
+OWN, SHOWN, CONTEXT, END = range(4)
+"""Parts: a document's own token, one of a document retrieved for it, what stands around an answer that is asked for,
+the last two tokens of such an answer that is moved."""
 
 EMPTY: Row = tuple(np.zeros(0, kind) for kind in (np.uint16, np.int32, np.int64, np.int64, np.int8))
 """A row of padding."""
@@ -253,8 +254,9 @@ def with_answers(
 
 def context(
     plan: Plan, r: int, tokens: Tokens, document: np.ndarray, spans: np.ndarray, asked: dict[int, np.ndarray]
-) -> np.ndarray:
-    """Return the tokens around the answers of the documents in row r that mask exactly these, bool [t].
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what stands around the answers of the documents in row r that mask exactly these, and their last two
+    tokens where they are moved, bool [t] each.
 
     The [eod] behind a document ends what was asked for, and is not among them.
 
@@ -264,14 +266,16 @@ def context(
       asked: From `answers`.
     """
     documents, _ = plan.row(r)
-    found, of_spans = np.zeros(len(document), bool), document[spans[:, 0]]
+    found, ends, of_spans = np.zeros(len(document), bool), np.zeros(len(document), bool), document[spans[:, 0]]
     for number, own in asked.items():
         if np.array_equal(spans[of_spans == number], own):
             i, start = int(documents[number - 1]), int(np.searchsorted(document, number))
             found[start : start + 1 + int(tokens.lengths[i])] = True
             for first, end in tokens.answers(i) + start + 1:
                 found[first:end] = False
-    return found
+            for first, end in own:
+                ends[max(first, end - 2) : end] = True
+    return found, ends
 
 
 def unmasked(
@@ -295,13 +299,15 @@ def unmasked(
     ids, document, retrieved = read(plan, r, tokens, packing)
     spans = draw_spans(ids, vocab, mask, packing, stream(seed, names[0], epoch, r))
     part = np.where(retrieved, np.int8(SHOWN), np.int8(OWN))
-    if not mask.answers and mask.context_weight == 1:
+    apart = mask.context_weight != 1 or mask.end_weight > 0
+    if not mask.answers and not apart:
         return ids, document, spans, part
     asked = answers(plan, r, tokens, packing)
     if mask.answers:
         spans = with_answers(spans, document, asked, vocab, mask, packing, stream(seed, names[1], epoch, r))
-    if mask.context_weight != 1:
-        part[context(plan, r, tokens, document, spans, asked) & ~retrieved] = CONTEXT
+    if apart:
+        around, ends = context(plan, r, tokens, document, spans, asked)
+        part[around & ~retrieved], part[ends & vocab.is_text(ids)] = CONTEXT, END
     return ids, document, spans, part
 
 
@@ -379,10 +385,10 @@ def arrays(
     weights = np.where(kind >= RETRIEVED, retrieved_weight, has_target)
     length = np.take_along_axis(moved, following, 1)
     weights = weights * np.where(length > 0, np.maximum(1, mask.span_weight / np.maximum(1, length)), 1)
-    if mask.end_weight:
-        final = ends(moved) & vocab.is_text(ids) & answered(segments, part)
-        weights = np.where(np.take_along_axis(final, following, 1), np.maximum(weights, mask.end_weight), weights)
-    weights = weights * np.where(np.take_along_axis(part, following, 1) == CONTEXT, mask.context_weight, 1)
+    part = np.take_along_axis(part, following, 1)
+    final = (part == END) & (length > 0)  # a span's markers have the part of a token of it
+    weights = np.where(final, np.maximum(weights, mask.end_weight), weights)
+    weights = weights * np.where(part == CONTEXT, mask.context_weight, 1)
     return {
         "inputs": ids,
         "targets": targets,
@@ -391,18 +397,6 @@ def arrays(
         "segments": segments,
         "modality": kind,
     }
-
-
-def ends(moved: np.ndarray) -> np.ndarray:
-    """Return which tokens are the last two of a moved span, bool [b, t]; behind each span is a marker, or nothing."""
-    behind = np.pad(moved, ((0, 0), (0, 2)))
-    return (moved > 0) & ((behind[:, 1:-1] == 0) | (behind[:, 2:] == 0))
-
-
-def answered(segments: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Return which tokens are of segments that mask exactly an answer, bool [b, t]."""
-    own = [np.isin(s, s[p == CONTEXT]) for s, p in zip(segments, part, strict=True)]
-    return np.stack(own)
 
 
 def order(segments: np.ndarray, isolate: bool) -> tuple[np.ndarray, np.ndarray]:

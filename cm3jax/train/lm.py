@@ -78,7 +78,8 @@ def drawn(params, vocab: Vocab, seen: np.ndarray, key):
       seen: bool [vocab.size], ids that its training documents hold.
       key: Of the new rows: normal, with the root mean square of the rows of pieces that it saw.
     """
-    new, old = new_pieces(vocab, seen), new_pieces(vocab, ~seen)
+    text = vocab.is_text(np.arange(vocab.size))
+    new, old = text & ~seen, text & seen
 
     def one(rows, key):
         scale = jnp.sqrt(jnp.sum(jnp.square(rows) * old[:, None]) / (old.sum() * rows.shape[1]))
@@ -89,11 +90,6 @@ def drawn(params, vocab: Vocab, seen: np.ndarray, key):
     return params | {
         name: jax.jit(one, out_shardings=params[name].sharding)(params[name], keys[name]) for name in tables
     }
-
-
-def new_pieces(vocab: Vocab, seen: np.ndarray) -> np.ndarray:
-    """Return which ids are text pieces that are not seen, bool [vocab.size]."""
-    return vocab.is_text(np.arange(vocab.size)) & ~seen
 
 
 def step_flops(stage: configs.DecoderStage, vocab: Vocab) -> float:
